@@ -1,0 +1,1 @@
+"""Models: everything that computes. Knows no HTTP, no Redis, no Prometheus."""

@@ -1,0 +1,230 @@
+"""The face of models/: plain dataclasses and the Task protocol. Standard library only.
+
+A request's fields live here once; the HTTP schema and the wire form are derived from them. Each
+field's metadata carries its bounds (`ge`, `le`, `max_length`) and its description (`doc`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+
+SolverName = Literal["ddpm", "ddim", "dpmpp_2m"]
+ImageFormat = Literal["png", "webp", "npy"]
+MethodName = Literal["single", "bridge", "ensemble"]
+
+SEED_LIMIT = 2**53
+MAX_ROWS = 64
+
+
+def _spec(doc: str, default: Any = None, **bounds: Any) -> Any:
+    return field(default=default, metadata={"doc": doc, **bounds})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateParams:
+    """What POST /generate asks for. `None` means: the gear's or the model's own value."""
+
+    model: str | None = _spec("Name of a served generator; the first advertised one if absent.", max_length=128)
+    label: int | str | None = _spec("Class index or name; drawn from each image's seed if absent.", ge=0, max_length=128)
+    n: int = _spec("Images to draw.", 1, ge=1, le=MAX_ROWS)
+    seed: int | None = _spec("Image i uses (seed + i) mod 2^53; drawn at random if absent.", ge=0, le=SEED_LIMIT - 1)
+    steps: int | None = _spec("Solver steps.", ge=1, le=1000)
+    solver: SolverName | None = _spec("Solver.")
+    guidance: float | None = _spec("Classifier-free guidance scale; 1 is unguided.", ge=0.0, le=20.0)
+    gear: str = _spec("Named point on the cost/quality curve; `auto` lets the service choose.", "auto", max_length=64)
+    deadline_ms: int | None = _spec("Budget from arrival to answer, queueing included, milliseconds.", ge=1, le=3_600_000)
+    format: ImageFormat = _spec("Encoding of the images.", "png")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyParams:
+    """What POST /classify asks for, beside its images."""
+
+    model: str | None = _spec("Name of a served classifier; the first advertised one if absent.", max_length=128)
+    method: MethodName | None = _spec("How to answer; the model's default if absent.")
+    top_k: int = _spec("Classes listed in `top_k`.", 3, ge=1, le=100)
+    deadline_ms: int | None = _spec("Budget from arrival to answer, queueing included, milliseconds.", ge=1, le=3_600_000)
+
+
+@dataclass(frozen=True)
+class ExitSchedule:
+    """Blocks to run as a function of diffusion time u in [0, 1] (0 is data, 1 is noise).
+
+    Attributes:
+        edges: exclusive upper end of each bin, increasing; the last is 1.0 and inclusive.
+        depths: blocks run in each bin.
+        weights: digest of the weights that the schedule was tuned for; empty when for any.
+    """
+
+    edges: tuple[float, ...]
+    depths: tuple[int, ...]
+    weights: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.edges or len(self.edges) != len(self.depths):
+            raise ValueError("an exit schedule needs as many edges as depths, at least one")
+        if self.edges[-1] != 1.0 or list(self.edges) != sorted(set(self.edges)) or self.edges[0] <= 0:
+            raise ValueError(f"exit edges must rise from above 0 to exactly 1.0, got {self.edges}")
+        if min(self.depths) < 1:
+            raise ValueError(f"exit depths must be at least 1, got {self.depths}")
+
+    def depth(self, u: float) -> int:
+        """Blocks to run at time `u`."""
+        for edge, depth in zip(self.edges, self.depths, strict=True):
+            if u < edge:
+                return depth
+        return self.depths[-1]
+
+
+@dataclass(frozen=True)
+class Gear:
+    """A named point on the cost/quality curve of a generator, with its measured place on it.
+
+    The measured fields are those of gears.json and are absent (None) where not measured:
+    `layer_evals_ratio` and `time_ratio` are relative to `full` at the same solver, steps, guidance.
+    """
+
+    name: str
+    schedule: ExitSchedule
+    solver: SolverName
+    steps: int
+    guidance: float
+    layer_evals_ratio: float | None = None
+    time_ratio: float | None = None
+    class_accuracy: float | None = None
+    frechet: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a worker advertises of a model; the gateway checks requests against it.
+
+    Attributes:
+        image: height, width, channels of one image.
+        depth: blocks of the full network (generators).
+        weights: digest of the model's weights.
+        methods: classify methods and their cost relative to `single` (conv + linear MACs).
+        calls: classify methods and their network calls per image (the unit of admission).
+    """
+
+    name: str
+    task: Literal["generate", "classify"]
+    labels: tuple[str, ...]
+    image: tuple[int, int, int]
+    weights: str
+    description: str = ""
+    depth: int = 0
+    gears: tuple[Gear, ...] = ()
+    default_gear: str = ""
+    methods: dict[str, float] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    default_method: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateWork:
+    """A resolved generate job: every choice made, nothing left to default."""
+
+    model: str
+    labels: tuple[int, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    solver: SolverName
+    guidance: float
+    gear: str
+    overrides: tuple[str, ...] = ()
+    format: ImageFormat = "png"
+
+    @property
+    def rows(self) -> int:
+        """Images, that is slots."""
+        return len(self.seeds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyWork:
+    """A resolved classify job. `images` are raw uint8 HWC bytes of the model's image shape."""
+
+    model: str
+    images: tuple[bytes, ...]
+    method: MethodName
+    top_k: int
+
+    @property
+    def rows(self) -> int:
+        """Images, that is slots."""
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class GeneratedRow:
+    """One finished image: uint8 pixels (H, W, C) with what they cost, counted as it ran."""
+
+    pixels: Any
+    label: int
+    seed: int
+    exit_depths: tuple[int, ...]
+    layer_evals: int
+    layer_evals_full: int
+
+
+@dataclass(frozen=True)
+class ClassifiedRow:
+    """One classified image: calibrated probabilities (K,) and uncertainty in nats."""
+
+    probabilities: tuple[float, ...]
+    uncertainty: dict[str, float]
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one tick did, for metrics: network rows, and blocks run and skipped.
+
+    `depth_counts` maps (time bin 0..9 of u in tenths, depth) to rows; empty for classify.
+    """
+
+    rows: int
+    layer_evals: int = 0
+    layer_evals_full: int = 0
+    depth_counts: Mapping[tuple[int, int], int] = field(default_factory=dict)
+
+
+W_contra = TypeVar("W_contra", contravariant=True)
+R_co = TypeVar("R_co", covariant=True)
+
+
+@runtime_checkable
+class Task(Protocol[W_contra, R_co]):
+    """Three verbs over a pool of slots: admit, step, collect.
+
+    Slots are integers below `capacity`; the caller owns which are free. A row admitted with e
+    evaluations is stepped e times (0 is allowed), then collected; a row may be dropped at any time
+    by simply reusing its slot.
+    """
+
+    info: ModelInfo
+    capacity: int
+
+    def admit(self, work: W_contra, indices: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
+        """Place images `indices` of `work` in `slots`; returns each row's evaluations to come."""
+
+    def step(self, slots: Sequence[int]) -> StepStats:
+        """Advance every listed row by one evaluation, all in one batch."""
+
+    def collect(self, slots: Sequence[int]) -> Sequence[R_co]:
+        """Outputs of finished rows, in the order of `slots`."""
+
+    def price(self, work: W_contra) -> int:
+        """Planned cost of a job: layer evaluations (generate) or network calls (classify)."""
+
+    def receipt(self, work: W_contra, rows: Sequence[Any]) -> dict[str, Any]:
+        """The receipt of a finished job (keys: docs/api.md)."""
+
+
+def planned_layer_evals(gear: Gear, steps: int, guidance: float, rows: int) -> int:
+    """Blocks x network rows that `rows` images will run: one evaluation at u = 1 - i/steps each."""
+    per_image = sum(gear.schedule.depth(1.0 - i / steps) for i in range(steps))
+    return per_image * rows * (1 if guidance == 1.0 else 2)

@@ -1,0 +1,85 @@
+"""The light network of a Diffusion Bridge: inverted residuals on the source's tap.
+
+Kim et al. (ICLR 2024); blocks after Sandler et al., "MobileNetV2" (CVPR 2018). It predicts
+u = (Z_tau - Z_0) / tau, the well-scaled form of the paper's target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.backbones.resnet import conv
+
+
+@dataclass(frozen=True)
+class BridgeConfig:
+    """Shape of a bridge. `steps` is T: one learned time vector per step 1..T."""
+
+    tap_channels: int = 24
+    classes: int = 10
+    steps: int = 5
+    logits: bool = False
+    stem_stride: int = 2
+    widths: tuple[int, ...] = (24, 36, 48, 72)
+    strides: tuple[int, ...] = (1, 2, 1, 1)
+    expands: tuple[int, ...] = (2, 3, 3, 3)
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expand, 3x3 depthwise, 1x1 project, each with BatchNorm; residual where shapes agree."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expand: int) -> None:
+        super().__init__()
+        hidden = inputs * expand
+        self.body = nn.Sequential(
+            conv(inputs, hidden, 1),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU6(),
+            conv(hidden, hidden, 3, stride, groups=hidden),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU6(),
+            conv(hidden, outputs, 1),
+            nn.BatchNorm2d(outputs),
+        )
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H / stride, W / stride)."""
+        h = self.body(x)
+        return x + h if self.residual else h
+
+
+class BridgeNetwork(nn.Module):
+    """(tap, Z_tau, step) -> u. `steps` = T; step T is the source end."""
+
+    def __init__(self, config: BridgeConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.stem, self.stem_norm = conv(c.tap_channels, c.tap_channels, 3, c.stem_stride), nn.BatchNorm2d(c.tap_channels)
+        inputs = [c.tap_channels, *c.widths[:-1]]
+        self.blocks = nn.ModuleList(
+            InvertedResidual(i, o, s, e) for i, o, s, e in zip(inputs, c.widths, c.strides, c.expands, strict=True)
+        )
+        self.time = nn.ModuleList(nn.Embedding(c.steps + 1, i) for i in inputs)
+        self.logits = nn.ModuleList(nn.Linear(c.classes, i) for i in inputs) if c.logits else None
+        last = c.widths[-1]
+        self.mix, self.mix_norm = conv(last, last, 1), nn.BatchNorm2d(last)
+        self.fc = nn.Linear(last, c.classes)
+        for table in self.time:
+            nn.init.zeros_(table.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.fc.weight)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, tap: Tensor, z: Tensor, step: Tensor) -> Tensor:
+        """tap (N, C, H, W), z (N, K) centred logits, step (N,) int64 in 1..T -> u (N, K)."""
+        x = F.relu6(self.stem_norm(self.stem(tap)))
+        for i, block in enumerate(self.blocks):
+            shift = self.time[i](step)
+            if self.logits is not None:
+                shift = shift + self.logits[i](z / 3.0)
+            x = block(x + shift[:, :, None, None])
+        x = F.relu6(self.mix_norm(self.mix(x)))
+        return self.fc(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]

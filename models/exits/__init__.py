@@ -1,0 +1,1 @@
+"""Exits: how many blocks a row runs, known on the host before launch."""

@@ -1,0 +1,1 @@
+"""Solvers: each fills float64 coefficient rows at admission; one fused kernel serves them all."""

@@ -1,0 +1,104 @@
+"""A model folder: config.json and *.safetensors, digests checked on load, never pickle.
+
+config.json holds `kind`, `name`, what the kind needs, and `files`: file name -> sha256. The weights
+digest is the sha256 over the sorted per-file digests; exit schedules and bridges name it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ZOO = Path(__file__).parent / "zoo"
+
+
+class StoreError(ValueError):
+    """A model folder that cannot be used; the message names the file and the fix."""
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_digest(files: Mapping[str, str]) -> str:
+    """sha256 over the sorted per-file digests."""
+    return hashlib.sha256("\n".join(sorted(files.values())).encode()).hexdigest()
+
+
+def model_folders(root: Path) -> Iterator[Path]:
+    """Folders below `root` that hold a config.json, sorted by name."""
+    yield from sorted(p.parent for p in root.glob("*/config.json"))
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; errors name it."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise StoreError(f"{path} does not exist") from None
+    except json.JSONDecodeError as error:
+        raise StoreError(f"{path} is not JSON: {error}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON; a crash leaves the previous file whole."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(fresh, path)
+
+
+def read_config(folder: Path, kind: str | None = None) -> dict[str, Any]:
+    """config.json of a model folder, its `kind` checked when given."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("files"), dict):
+        raise StoreError(f"{folder}/config.json has no `files` table")
+    if kind is not None and config.get("kind") != kind:
+        raise StoreError(f"{folder}/config.json: kind is {config.get('kind')!r}, expected {kind!r}")
+    return config
+
+
+def member_file(folder: Path, name: str) -> Path:
+    """`folder`/`name`, refused when it leaves the folder or is not safetensors."""
+    path = (folder / name).resolve()
+    if path.parent != folder.resolve():
+        raise StoreError(f"{folder}/config.json names {name!r}, which is outside the folder")
+    if path.suffix != ".safetensors":
+        raise StoreError(f"{folder}/config.json names {name!r}: only .safetensors files are read")
+    return path
+
+
+def read_tensors(folder: Path, name: str, files: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors of one file, its digest checked; half precision is upcast to float32 once, here."""
+    from safetensors.torch import load
+
+    path = member_file(folder, name)
+    if not path.is_file():
+        raise StoreError(f"{path} does not exist, but config.json lists it")
+    raw = path.read_bytes()
+    if hashlib.sha256(raw).hexdigest() != files[name]:
+        raise StoreError(f"{path} does not match its digest in config.json: restore the file or re-export the model")
+    return {k: v.float() if v.is_floating_point() else v for k, v in load(raw).items()}
+
+
+def write_model(folder: Path, config: dict[str, Any], files: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """Write tensors (floats as float16) and config.json; returns the weights digest."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    digests = {}
+    for name, tensors in files.items():
+        path = member_file(folder, name)
+        half = {k: v.detach().half() if v.is_floating_point() else v.detach() for k, v in tensors.items()}
+        save_file({k: v.contiguous() for k, v in half.items()}, path)
+        digests[name] = sha256(path)
+    write_json(folder / "config.json", {**config, "files": digests})
+    return weights_digest(digests)

@@ -1,0 +1,1 @@
+"""Tasks: admit, step, collect over a pool of slots."""

@@ -1,0 +1,1 @@
+"""Recipes and loops. Every command takes a recipe file, a data folder and an output folder."""

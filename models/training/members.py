@@ -1,0 +1,106 @@
+"""Train the members of a deep ensemble: same recipe, different seeds, until they fit their images."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.backbones.resnet import ResNet, ResNetConfig
+from models.store import write_model
+from models.training.data import Images, Splits
+from models.training.loop import Optim, train
+
+
+@dataclass(frozen=True)
+class MembersRecipe:
+    """`offramp train members`. `images`: how many training images the members see."""
+
+    name: str
+    labels: list[str]
+    optim: Optim
+    members: int = 5
+    images: int = 12_000
+    network: ResNetConfig = field(default_factory=ResNetConfig)
+    shift: int = 0
+    bf16: bool = True
+    seed: int = 0
+
+
+def to_pixels(images: Images) -> Tensor:
+    """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255.0
+
+
+def random_shift(x: Tensor, most: int) -> Tensor:
+    """Shift every image (N, C, H, W) by up to `most` pixels each way, zeros coming in."""
+    if not most:
+        return x
+    n, _, h, w = x.shape
+    padded = F.pad(x, [most] * 4)
+    dy, dx = torch.randint(0, 2 * most + 1, (2, n))
+    rows = (dy[:, None] + torch.arange(h))[:, None, :, None]
+    cols = (dx[:, None] + torch.arange(w))[:, None, None, :]
+    return padded[torch.arange(n)[:, None, None, None], torch.arange(x.shape[1])[None, :, None, None], rows, cols]
+
+
+def epoch_rows(n: int, batch: int, step: int, seed: int) -> torch.Tensor:
+    """Rows of minibatch `step` when every epoch is a fresh permutation of n rows; stateless."""
+    per_epoch = n // batch
+    epoch, at = divmod(step, per_epoch)
+    order = np.random.default_rng((seed, epoch)).permutation(n)
+    return torch.from_numpy(order[at * batch : (at + 1) * batch])
+
+
+@torch.no_grad()
+def predict(model: ResNet, images: Images, batch: int = 1000) -> Tensor:
+    """Logits (N, K) of uint8 images (N, H, W, C), inference mode."""
+    model.eval()
+    return torch.cat([model(to_pixels(images[i : i + batch])) for i in range(0, len(images), batch)])
+
+
+def train_members(recipe: MembersRecipe, splits: Splits, out: Path) -> dict[str, Any]:
+    """Train and write the ensemble to `out`/<name>; returns the summary."""
+    split = splits.train[slice(0, recipe.images)]
+    x, y = to_pixels(split.images), torch.from_numpy(split.labels)
+    files, rows, seconds = {}, [], 0.0
+    for index in range(recipe.members):
+        seed = recipe.seed + index + 1
+        torch.manual_seed(seed)
+        model = ResNet(recipe.network).to(memory_format=torch.channels_last)
+
+        def loss(step: int, model: ResNet = model, seed: int = seed) -> Tensor:
+            rows = epoch_rows(len(y), recipe.optim.batch, step, seed)
+            batch = random_shift(x[rows], recipe.shift).contiguous(memory_format=torch.channels_last)
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+                logits = model(batch)
+            return F.cross_entropy(logits.float(), y[rows])
+
+        label = f"member-{index + 1}"
+        done = train(model, recipe.optim, loss, out / "runs" / label, label=label)
+        member = done.ema.float().to(memory_format=torch.contiguous_format)
+        assert isinstance(member, ResNet)
+        seconds += done.seconds
+        fitted = (predict(member, split.images).argmax(1) == y).float().mean().item()
+        chosen = splits.selection
+        held = (predict(member, chosen.images).argmax(1).numpy() == chosen.labels).mean()
+        rows.append({"member": index + 1, "seed": seed, "train_accuracy": fitted, "selection_accuracy": float(held)})
+        files[f"{label}.safetensors"] = member.state_dict()
+    config = {
+        "kind": "ensemble",
+        "name": recipe.name,
+        "backbone": "resnet",
+        "network": dataclasses.asdict(recipe.network),
+        "labels": recipe.labels,
+        "image": [*split.images.shape[1:]],
+        "members": list(files),
+        "trained_on": {"images": len(y)},
+    }
+    digest = write_model(out / recipe.name, config, files)
+    return {"model": recipe.name, "weights": digest, "seconds": seconds, "members": rows}

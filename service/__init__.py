@@ -1,0 +1,1 @@
+"""The service: gateway, broker, worker. Knows no torch."""

@@ -1,0 +1,55 @@
+"""Settings: environment variables with the prefix OFFRAMP_. A wrong value refuses to boot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Every setting of every process; docs/settings.md is made from this class."""
+
+    model_config = SettingsConfigDict(env_prefix="OFFRAMP_", frozen=True)
+
+    redis_url: str = Field("", description="Redis or Valkey server, redis://, rediss:// or unix://; empty: embedded.")
+    data_dir: Path = Field(Path(".offramp"), description="Where the embedded server keeps its data.")
+    models: Path | None = Field(None, description="Folder of model folders; empty: the zoo that ships.")
+    host: str = Field("127.0.0.1", description="Address the gateway listens on.")
+    port: int = Field(8000, ge=1, le=65535, description="Port the gateway listens on.")
+    worker_host: str = Field("127.0.0.1", description="Address the worker's metrics listen on.")
+    worker_metrics_port: int = Field(9100, ge=1, le=65535, description="Port of the worker's metrics.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
+    threads: int = Field(0, ge=0, le=1024, description="Torch threads of a worker; 0: torch's own choice.")
+    slots: int = Field(32, ge=1, le=4096, description="Rows a worker keeps in flight for each model.")
+    lease_s: float = Field(10.0, ge=1.0, le=600.0, description="A job whose worker is silent this long is redelivered.")
+    max_deliveries: int = Field(5, ge=1, le=100, description="A job delivered more often than this fails.")
+    deadline_s: float = Field(120.0, gt=0.0, le=3600.0, description="Deadline of a request that names none.")
+    result_ttl_s: int = Field(600, ge=10, le=86_400, description="How long a finished result is kept.")
+    max_backlog: int = Field(500_000, ge=1, description="Queued cost per model above which requests get 429.")
+    max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Largest request body.")
+    max_pixels: int = Field(4_000_000, ge=1, description="Largest picture, in pixels, that is decoded.")
+    log_level: str = Field("info", pattern=r"^(debug|info|warning|error)$", description="Log level.")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _scheme(cls, value: str) -> str:
+        if value and not value.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("must start with redis://, rediss:// or unix://")
+        return value
+
+
+class ConfigError(SystemExit):
+    """Settings that cannot be used; exits with the list of what to fix."""
+
+
+def load_settings() -> Settings:
+    """Read the environment or stop with one line per wrong variable."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = [
+            f"OFFRAMP_{'_'.join(map(str, e['loc'])).upper()}={e['input']!r}: {e['msg']}" for e in error.errors()
+        ]
+        raise ConfigError("wrong settings:\n  " + "\n  ".join(lines)) from None

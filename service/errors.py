@@ -1,0 +1,117 @@
+"""Every error a user can meet.
+
+    OfframpError                 500 internal          something broke; the log says what
+    |- BadRequest                422 bad_request       the request cannot be understood; names the field
+    |   |- UnknownName           422 unknown_name      no such model, label, gear, method
+    |   `- NotAnImage            422 not_an_image      bytes that are no picture we read
+    |- NotFound                  404 not_found         no such page or model
+    |- NotAcceptable             406 not_acceptable    no representation the client accepts
+    |- TooLarge                  413 too_large         body or picture above the limit
+    |- QueueFull                 429 queue_full        backlog at its budget; Retry-After says when
+    |- JobFailed                 500 job_failed        the worker could not run it
+    |- Unavailable               503 unavailable       Redis away, no worker, or draining
+    |   `- NoWorker              503 no_worker         nobody serves the model now
+    `- DeadlineExceeded          504 deadline_exceeded the budget ran out before the answer
+
+Only gateway/app.py turns these into HTTP. Across the wire an error is `protocol.Failure`: data.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class OfframpError(Exception):
+    """Base: `code` is the stable name, `status` the HTTP status, `retryable` whether to try again."""
+
+    code: ClassVar[str] = "internal"
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "Internal error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, detail: str, *, field: str | None = None, retry_after_s: int | None = None) -> None:
+        super().__init__(detail)
+        self.detail, self.field, self.retry_after_s = detail, field, retry_after_s
+
+
+class BadRequest(OfframpError):
+    """The request cannot be understood; `field` names the part at fault."""
+
+    code, status, title = "bad_request", 422, "Bad request"
+
+
+class UnknownName(BadRequest):
+    """No such model, label, gear or method."""
+
+    code, title = "unknown_name", "Unknown name"
+
+
+class NotAnImage(BadRequest):
+    """Bytes that are no picture we read."""
+
+    code, title = "not_an_image", "Not an image"
+
+
+class NotFound(OfframpError):
+    """No such page or model."""
+
+    code, status, title = "not_found", 404, "Not found"
+
+
+class NotAllowed(OfframpError):
+    """The page does not know this method."""
+
+    code, status, title = "not_allowed", 405, "Method not allowed"
+
+
+class NotAcceptable(OfframpError):
+    """No representation that the client accepts."""
+
+    code, status, title = "not_acceptable", 406, "Not acceptable"
+
+
+class TooLarge(OfframpError):
+    """Body or picture above the limit."""
+
+    code, status, title = "too_large", 413, "Too large"
+
+
+class QueueFull(OfframpError):
+    """The backlog is at its budget."""
+
+    code, status, title, retryable = "queue_full", 429, "Queue full", True
+
+
+class JobFailed(OfframpError):
+    """The worker could not run the job."""
+
+    code, status, title = "job_failed", 500, "Job failed"
+
+
+class Unavailable(OfframpError):
+    """The service cannot take work now."""
+
+    code, status, title, retryable = "unavailable", 503, "Service unavailable", True
+
+
+class NoWorker(Unavailable):
+    """Nobody serves the model now."""
+
+    code, title = "no_worker", "No worker"
+
+
+class DeadlineExceeded(OfframpError):
+    """The budget ran out before the answer."""
+
+    code, status, title, retryable = "deadline_exceeded", 504, "Deadline exceeded", True
+
+
+def by_code() -> dict[str, type[OfframpError]]:
+    """Every error class by its code."""
+    found: dict[str, type[OfframpError]] = {}
+    stack: list[type[OfframpError]] = [OfframpError]
+    while stack:
+        kind = stack.pop()
+        found[kind.code] = kind
+        stack.extend(kind.__subclasses__())
+    return found

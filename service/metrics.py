@@ -1,0 +1,147 @@
+"""Every Prometheus series. Nobody else imports prometheus_client; docs/metrics.md is tested against this."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest, start_http_server
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from models.api import ModelInfo, StepStats
+
+SECONDS = (0.001, 0.002, 0.004, 0.007, 0.012, 0.02, 0.035, 0.06, 0.1, 0.17, 0.3, 0.5, 0.85, 1.5, 2.5, 4, 7, 12, 20, 35, 60, 120)
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256)
+NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.3, 3.0, 5.0)
+OUTCOMES = ("ok", "bad_request", "rejected", "expired", "failed", "unavailable")
+
+
+class GatewayMetrics:
+    """Series of one gateway process."""
+
+    def __init__(self) -> None:
+        r = self.registry = CollectorRegistry()
+        self.requests = Counter("offramp_requests", "Requests by outcome.", ["task", "model", "outcome"], registry=r)
+        self.duration = Histogram(
+            "offramp_request_duration_seconds", "Arrival to answer.", ["task", "model"], buckets=SECONDS, registry=r
+        )
+        self.waiting = Gauge("offramp_requests_waiting", "Requests awaiting their answer.", ["task"], registry=r)
+        self.queue_jobs = Gauge("offramp_queue_jobs", "Jobs waiting or running, from Redis.", ["model"], registry=r)
+        self.backlog = Gauge("offramp_queue_cost", "Queued and running cost, from Redis.", ["model"], registry=r)
+        self.jobs = Gauge(
+            "offramp_ledger_jobs", "The conservation ledger kept by Redis.", ["model", "state"], registry=r
+        )
+        self.workers = Gauge("offramp_workers", "Live workers.", ["model"], registry=r)
+        _build_info(r, "gateway")
+
+    def render(self) -> bytes:
+        """The exposition text."""
+        return generate_latest(self.registry)
+
+
+class ExitDepths(Collector):
+    """Exit depth histogram, one bucket per block, added to in bulk once a tick."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[str, int], list[int]] = {}
+
+    def declare(self, model: str, depth: int) -> None:
+        """Make the buckets of `model`: depths 1..depth in ten time bins."""
+        with self._lock:
+            for u_bin in range(10):
+                self._counts[model, u_bin] = [0] * (depth + 1)
+
+    def add(self, model: str, counts: Iterable[tuple[tuple[int, int], int]]) -> None:
+        """Add ((time bin, depth), rows) counts of one tick."""
+        with self._lock:
+            for (u_bin, depth), rows in counts:
+                self._counts[model, u_bin][depth] += rows
+
+    def collect(self) -> Iterable[HistogramMetricFamily]:
+        """One family, labels model and u_bin (lower end of the tenth of diffusion time)."""
+        family = HistogramMetricFamily(
+            "offramp_exit_depth", "Blocks run per evaluation, by diffusion time.", labels=["model", "u_bin"]
+        )
+        with self._lock:
+            for (model, u_bin), counts in sorted(self._counts.items()):
+                total, buckets = 0, []
+                for depth, rows in enumerate(counts):
+                    total += rows
+                    if depth:
+                        buckets.append((str(float(depth)), float(total)))
+                buckets.append(("+Inf", float(total)))
+                weight = sum(depth * rows for depth, rows in enumerate(counts))
+                family.add_metric([model, f"{u_bin / 10:.1f}"], buckets, sum_value=float(weight))
+        yield family
+
+
+class WorkerMetrics:
+    """Series of one worker process, fed from plain StepStats."""
+
+    def __init__(self) -> None:
+        r = self.registry = CollectorRegistry()
+        self.queue_wait = Histogram(
+            "offramp_queue_wait_seconds", "Submit to admission.", ["model"], buckets=SECONDS, registry=r
+        )
+        self.run = Histogram("offramp_run_seconds", "Admission to last tick.", ["model"], buckets=SECONDS, registry=r)
+        self.tick = Histogram("offramp_tick_duration_seconds", "One tick.", ["model"], buckets=SECONDS, registry=r)
+        self.rows = Histogram("offramp_batch_rows", "Rows of a tick.", ["model"], buckets=ROWS, registry=r)
+        self.mixed = Counter(
+            "offramp_mixed_ticks", "Ticks whose rows came from several jobs.", ["model"], registry=r
+        )
+        self.slots = Gauge("offramp_slots", "Slots by state.", ["model", "state"], registry=r)
+        self.layer_evals = Counter(
+            "offramp_layer_evals", "Blocks x network rows, run and skipped by exits.", ["model", "kind"], registry=r
+        )
+        self.outcomes = Counter("offramp_jobs", "Jobs finished by this worker.", ["model", "outcome"], registry=r)
+        self.images = Counter("offramp_images", "Images answered.", ["model", "mode"], registry=r)
+        self.redeliveries = Counter("offramp_redeliveries", "Jobs received again.", ["model"], registry=r)
+        self.entropy = Histogram(
+            "offramp_predictive_entropy_nats", "Entropy of answers.", ["model", "method"], buckets=NATS, registry=r
+        )
+        self.disagreement = Histogram(
+            "offramp_disagreement_nats", "KL(source || estimate).", ["model", "method"], buckets=NATS, registry=r
+        )
+        self.model = Info("offramp_model", "Model served by this worker.", ["model"], registry=r)
+        self.exit_depth = ExitDepths()
+        r.register(self.exit_depth)
+        _build_info(r, "worker")
+
+    def declare(self, info: ModelInfo, device: str) -> None:
+        """Make the series of a model before its first request, so that rates start at zero."""
+        self.model.labels(info.name).info(
+            {"task": info.task, "weights": info.weights[:12], "depth": str(info.depth), "device": device}
+        )
+        if info.task == "generate":
+            self.exit_depth.declare(info.name, info.depth)
+            for kind in ("run", "skipped"):
+                self.layer_evals.labels(info.name, kind)
+        for outcome in ("ok", "failed", "expired"):
+            self.outcomes.labels(info.name, outcome)
+        for mode in [g.name for g in info.gears] + list(info.methods):
+            self.images.labels(info.name, mode)
+        self.redeliveries.labels(info.name)
+        self.mixed.labels(info.name)
+
+    def ticked(self, model: str, seconds: float, stats: StepStats, jobs: int) -> None:
+        """Record one tick: its duration, rows, layer evaluations and exit depths."""
+        self.tick.labels(model).observe(seconds)
+        self.rows.labels(model).observe(stats.rows)
+        if jobs > 1:
+            self.mixed.labels(model).inc()
+        if stats.layer_evals_full:
+            self.layer_evals.labels(model, "run").inc(stats.layer_evals)
+            self.layer_evals.labels(model, "skipped").inc(stats.layer_evals_full - stats.layer_evals)
+            self.exit_depth.add(model, stats.depth_counts.items())
+
+    def serve(self, host: str, port: int) -> Any:
+        """Listen on host:port; returns prometheus_client's (server, thread)."""
+        return start_http_server(port, host, self.registry)
+
+
+def _build_info(registry: CollectorRegistry, role: str) -> None:
+    Info("offramp_build", "What runs.", registry=registry).info({"version": version("offramp"), "role": role})

@@ -1,0 +1,117 @@
+"""What crosses Redis: typed msgpack, never pickle. One dataclass per message and receiver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from models.api import ClassifyWork, GenerateWork, ModelInfo
+
+Outcome = Literal["ok", "failed", "expired"]
+T = TypeVar("T")
+
+
+class GenerateJob(msgspec.Struct, frozen=True, tag="generate", kw_only=True):
+    """Gateway to worker: draw these images. `cost` is the planned layer evaluations."""
+
+    id: str
+    reply_to: str
+    cost: int
+    work: GenerateWork
+    traceparent: str = ""
+
+
+class ClassifyJob(msgspec.Struct, frozen=True, tag="classify", kw_only=True):
+    """Gateway to worker: classify these images. `cost` is the planned network calls."""
+
+    id: str
+    reply_to: str
+    cost: int
+    work: ClassifyWork
+    traceparent: str = ""
+
+
+Job = GenerateJob | ClassifyJob
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One job as a worker received it. Times are milliseconds of Redis TIME.
+
+    Attributes:
+        entry: stream id, the handle of the lease.
+        attempt: fencing token, unique per delivery.
+        deliveries: how often the entry was delivered, this time included.
+    """
+
+    job: Job
+    entry: str
+    attempt: str
+    deliveries: int
+    submitted_ms: int
+    deadline_ms: int
+    taken_ms: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error as data: `code` is one of errors.by_code()."""
+
+    code: str
+    message: str
+    retryable: bool = False
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """One generated image, already encoded."""
+
+    data: bytes
+    label: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One classified image: probabilities in label order, uncertainty in nats."""
+
+    probabilities: tuple[float, ...]
+    uncertainty: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Worker to gateway, kept under the result key. Exactly one of images/predictions/failure is set."""
+
+    id: str
+    outcome: Outcome
+    queue_s: float = 0.0
+    run_s: float = 0.0
+    receipt: dict[str, Any] = field(default_factory=dict)
+    images: tuple[EncodedImage, ...] = ()
+    predictions: tuple[Prediction, ...] = ()
+    failure: Failure | None = None
+    worker: str = ""
+
+
+def encode(message: Any) -> bytes:
+    """Msgpack bytes of any message above."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode(kind: type[T], data: bytes) -> T:
+    """Typed decoding; raises msgspec.ValidationError on anything that is not a `kind`."""
+    return msgspec.msgpack.decode(data, type=kind)
+
+
+def decode_job(data: bytes) -> Job:
+    """A job of either kind."""
+    job: Job = msgspec.msgpack.decode(data, type=Job)
+    return job
+
+
+def decode_info(data: bytes) -> ModelInfo:
+    """A catalogue entry."""
+    return msgspec.msgpack.decode(data, type=ModelInfo)
