@@ -27,14 +27,18 @@ class GenerateParams:
     """What POST /generate asks for. `None` means: the gear's or the model's own value."""
 
     model: str | None = _spec("Name of a served generator; the first advertised one if absent.", max_length=128)
-    label: int | str | None = _spec("Class index or name; drawn from each image's seed if absent.", ge=0, max_length=128)
+    label: int | str | None = _spec(
+        "Class index or name; drawn from each image's seed if absent.", ge=0, max_length=128
+    )
     n: int = _spec("Images to draw.", 1, ge=1, le=MAX_ROWS)
     seed: int | None = _spec("Image i uses (seed + i) mod 2^53; drawn at random if absent.", ge=0, le=SEED_LIMIT - 1)
     steps: int | None = _spec("Solver steps.", ge=1, le=1000)
     solver: SolverName | None = _spec("Solver.")
     guidance: float | None = _spec("Classifier-free guidance scale; 1 is unguided.", ge=0.0, le=20.0)
     gear: str = _spec("Named point on the cost/quality curve; `auto` lets the service choose.", "auto", max_length=64)
-    deadline_ms: int | None = _spec("Budget from arrival to answer, queueing included, milliseconds.", ge=1, le=3_600_000)
+    deadline_ms: int | None = _spec(
+        "Budget from arrival to answer, queueing included, milliseconds.", ge=1, le=3_600_000
+    )
     format: ImageFormat = _spec("Encoding of the images.", "png")
 
 
@@ -45,7 +49,9 @@ class ClassifyParams:
     model: str | None = _spec("Name of a served classifier; the first advertised one if absent.", max_length=128)
     method: MethodName | None = _spec("How to answer; the model's default if absent.")
     top_k: int = _spec("Classes listed in `top_k`.", 3, ge=1, le=100)
-    deadline_ms: int | None = _spec("Budget from arrival to answer, queueing included, milliseconds.", ge=1, le=3_600_000)
+    deadline_ms: int | None = _spec(
+        "Budget from arrival to answer, queueing included, milliseconds.", ge=1, le=3_600_000
+    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +52,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write indented JSON; a crash leaves the previous file whole."""
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(fresh, path)
+    fresh.replace(path)
 
 
 def read_config(folder: Path, kind: str | None = None) -> dict[str, Any]:

@@ -58,7 +58,10 @@ class BridgeNetwork(nn.Module):
     def __init__(self, config: BridgeConfig) -> None:
         super().__init__()
         c = self.config = config
-        self.stem, self.stem_norm = conv(c.tap_channels, c.tap_channels, 3, c.stem_stride), nn.BatchNorm2d(c.tap_channels)
+        self.stem, self.stem_norm = (
+            conv(c.tap_channels, c.tap_channels, 3, c.stem_stride),
+            nn.BatchNorm2d(c.tap_channels),
+        )
         inputs = [c.tap_channels, *c.widths[:-1]]
         self.blocks = nn.ModuleList(
             InvertedResidual(i, o, s, e) for i, o, s, e in zip(inputs, c.widths, c.strides, c.expands, strict=True)
@@ -82,4 +85,4 @@ class BridgeNetwork(nn.Module):
                 shift = shift + self.logits[i](z / 3.0)
             x = block(x + shift[:, :, None, None])
         x = F.relu6(self.mix_norm(self.mix(x)))
-        return self.fc(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+        return self.fc(x.mean(dim=(2, 3)))

@@ -69,17 +69,18 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(mlp_ratio * width, width)
 
     def attend(self, x: Tensor) -> Tensor:
+        """Self-attention over tokens, (N, T, D) -> (N, T, D)."""
         n, t, d = x.shape
         q, k, v = self.qkv(x).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(n, t, d))  # type: ignore[no-any-return]
+        return self.proj(out.transpose(1, 2).reshape(n, t, d))
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x (N, T, D), modulation (N, 6 D) -> (N, T, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         x = x + gate1[:, None] * self.attend(modulate(self.norm1(x), shift1, scale1))
         hidden = F.gelu(self.fc1(modulate(self.norm2(x), shift2, scale2)), approximate="tanh")
-        return x + gate2[:, None] * self.fc2(hidden)  # type: ignore[no-any-return]
+        return x + gate2[:, None] * self.fc2(hidden)
 
 
 class DiT(nn.Module):
@@ -108,7 +109,7 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.labels.weight, std=0.02)
         for zero in [*self.modulation, self.head_modulation, self.head]:
-            nn.init.zeros_(zero.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(zero.weight)
 
     @property
     def depth(self) -> int:

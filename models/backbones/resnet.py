@@ -68,12 +68,12 @@ class ResNet(nn.Module):
     def tap(self, x: Tensor) -> Tensor:
         """Pixels (N, C, H, W) in [0, 1] -> first block's output (N, width, H', W')."""
         x = (x - self.config.mean) / self.config.std
-        return self.first(F.relu(self.stem_norm(self.stem(x))))  # type: ignore[no-any-return]
+        return self.first(F.relu(self.stem_norm(self.stem(x))))
 
     def features(self, tap: Tensor) -> Tensor:
         """Tap -> pooled features (N, 4 width)."""
-        return self.rest(tap).mean(dim=(2, 3))  # type: ignore[no-any-return]
+        return self.rest(tap).mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         """Pixels (N, C, H, W) in [0, 1] -> logits (N, K)."""
-        return self.fc(self.features(self.tap(x)))  # type: ignore[no-any-return]
+        return self.fc(self.features(self.tap(x)))

@@ -1,1 +1,1 @@
-"""bridge"""
+"""Schroedinger-bridge maths from a source's logits to the ensemble's."""

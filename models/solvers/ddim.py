@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,7 +13,7 @@ from models.solvers.table import Process, Table, fill
 def coefficients(process: Process, times: NDArray[np.float64]) -> Table:
     """x' = alpha' m + sigma' e with e = sigma x + alpha v, at times (steps + 1,) -> table (steps, fields)."""
     rows = []
-    for u, v in zip(times[:-1], times[1:], strict=True):
+    for u, v in itertools.pairwise(times):
         noise = process.sigma(v)
         rows.append(
             process.denoise(u)

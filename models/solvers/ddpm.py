@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -13,7 +14,7 @@ from models.solvers.table import Process, Table, fill
 def coefficients(process: Process, times: NDArray[np.float64]) -> Table:
     """Posterior mean and noise between visited times (steps + 1,), falling -> table (steps, fields)."""
     rows = []
-    for u, v in zip(times[:-1], times[1:], strict=True):
+    for u, v in itertools.pairwise(times):
         here, there = process.alpha(u) ** 2, process.alpha(v) ** 2
         var, var_next = process.sigma(u) ** 2, process.sigma(v) ** 2
         b = 1.0 - here / there

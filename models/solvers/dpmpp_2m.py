@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -15,7 +16,7 @@ def coefficients(process: Process, times: NDArray[np.float64]) -> Table:
     lambdas = [log_snr_half(process.alpha(u), process.sigma(u)) for u in times]
     rows = []
     last = len(times) - 2
-    for i, (u, v) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (u, v) in enumerate(itertools.pairwise(times)):
         h = lambdas[i + 1] - lambdas[i]
         p = -process.alpha(v) * math.expm1(-h)
         row = process.denoise(u) | {"a_y": process.sigma(v) / process.sigma(u), "a_m": p}

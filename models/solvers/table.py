@@ -19,8 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 FIELDS = (
-    "t c_in c_x c_o clip k_x k_m k_1 k_2 k_s a_y a_o a_m a_1 a_2 a_s a_n lv0 lv1"
-).split()
+    *("t", "c_in", "c_x", "c_o", "clip"),
+    *("k_x", "k_m", "k_1", "k_2", "k_s"),
+    *("a_y", "a_o", "a_m", "a_1", "a_2", "a_s", "a_n", "lv0", "lv1"),
+)
 INDEX = {name: i for i, name in enumerate(FIELDS)}
 DEFAULTS = {"c_in": 1.0, "k_x": 1.0, "clip": math.inf}
 

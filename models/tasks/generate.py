@@ -115,7 +115,10 @@ class GenerateTask:
         padded = np.pad(distinct, ((0, 0), (0, -count % CONDITION_BLOCK)), mode="edge")
         u = torch.as_tensor(padded[0].astype(np.int32).view(np.float32), device=self.device)
         y = torch.as_tensor(padded[1], device=self.device)
-        blocks = [self.model.condition(*block) for block in zip(u.split(CONDITION_BLOCK), y.split(CONDITION_BLOCK), strict=True)]
+        blocks = [
+            self.model.condition(*block)
+            for block in zip(u.split(CONDITION_BLOCK), y.split(CONDITION_BLOCK), strict=True)
+        ]
         return torch.cat(blocks)[torch.as_tensor(inverse.reshape(-1), device=self.device)]
 
     def _noise(self, rows: np.ndarray, at: np.ndarray, here: Tensor, e: Tensor) -> Tensor:

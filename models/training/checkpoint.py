@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,10 @@ def save_checkpoint(
     tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
     fresh = folder / "checkpoint.safetensors.new"
     save_file(tensors, fresh, {"step": str(step)})
-    os.replace(fresh, folder / "checkpoint.safetensors")
+    fresh.replace(folder / "checkpoint.safetensors")
 
 
-def load_checkpoint(
-    folder: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
-) -> int:
+def load_checkpoint(folder: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Restore what `save_checkpoint` wrote; returns the step, 0 when there is none."""
     path = folder / "checkpoint.safetensors"
     if not path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from models.training.loop import Optim, Trained, train
 class DiffusionRecipe:
     """`offramp train diffusion`: data, network, objective and optimizer."""
 
+    name: str
     labels: list[str]
     optim: Optim
     network: DiTConfig = field(default_factory=DiTConfig)
@@ -45,6 +47,19 @@ def perturb(x0: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     alpha, sigma = (f(0.5 * math.pi * u)[:, None, None, None] for f in (torch.cos, torch.sin))
     noise = torch.randn_like(x0)
     return alpha * x0 + sigma * noise, alpha * noise - sigma * x0
+
+
+def model_config(name: str, labels: list[str], network: DiTConfig, description: str) -> dict[str, object]:
+    """config.json of a generator, less its files."""
+    return {
+        "kind": "generator",
+        "name": name,
+        "description": description,
+        "backbone": "dit",
+        "network": dataclasses.asdict(network),
+        "process": {"prediction": "v", "clip": 1.0},
+        "labels": labels,
+    }
 
 
 class Batches:

@@ -30,11 +30,21 @@ Depths = Callable[[NDArray[np.float64]], NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class ExitsRecipe:
-    """`offramp train exits`. `gears`: name -> share of blocks to run on average, 1.0 for full depth."""
+    """`offramp train exits`, from model `base` of the output folder.
 
+    `gears`: name -> share of blocks to run on average, 1.0 for full depth.
+    `solver`, `steps`, `guidance`: every gear's defaults.
+    """
+
+    name: str
+    base: str
     explore: Optim
     optim: Optim
     gears: dict[str, float]
+    default: str = "balanced"
+    solver: str = "dpmpp_2m"
+    steps: int = 20
+    guidance: float = 2.0
     shallowest: int = 3
     bins: int = 10
     full_share: float = 0.3

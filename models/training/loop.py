@@ -56,9 +56,7 @@ def make_optimizer(optim: Optim, parameters: Iterable[nn.Parameter]) -> torch.op
             parameters, lr=optim.lr, betas=(0.9, 0.99), weight_decay=optim.weight_decay, fused=True
         )
     if optim.algorithm == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=optim.lr, momentum=0.9, nesterov=True, weight_decay=optim.weight_decay
-        )
+        return torch.optim.SGD(parameters, lr=optim.lr, momentum=0.9, nesterov=True, weight_decay=optim.weight_decay)
     raise ValueError(f"optim.algorithm must be adamw or sgd, got {optim.algorithm!r}")
 
 
@@ -100,7 +98,7 @@ def train(
         value = loss(step)
         if not math.isfinite(now := value.item()):
             raise FloatingPointError(f"{label}: loss is {now} at step {step}; lower optim.lr")
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         nn.utils.clip_grad_norm_(parameters, optim.clip)
         optimizer.step()
         optimizer.zero_grad()

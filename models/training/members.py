@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from models.backbones.resnet import ResNet, ResNetConfig
 from models.store import write_model
+from models.tasks.classifier import to_pixels
 from models.training.data import Images, Splits
 from models.training.loop import Optim, train
 
@@ -31,11 +32,6 @@ class MembersRecipe:
     shift: int = 0
     bf16: bool = True
     seed: int = 0
-
-
-def to_pixels(images: Images) -> Tensor:
-    """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255.0
 
 
 def random_shift(x: Tensor, most: int) -> Tensor:
@@ -58,6 +54,14 @@ def epoch_rows(n: int, batch: int, step: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(order[at * batch : (at + 1) * batch])
 
 
+def channels_last(model: ResNet) -> ResNet:
+    """The same network with its convolutions laid out for the CPU's bfloat16 kernels."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
 @torch.no_grad()
 def predict(model: ResNet, images: Images, batch: int = 1000) -> Tensor:
     """Logits (N, K) of uint8 images (N, H, W, C), inference mode."""
@@ -73,7 +77,7 @@ def train_members(recipe: MembersRecipe, splits: Splits, out: Path) -> dict[str,
     for index in range(recipe.members):
         seed = recipe.seed + index + 1
         torch.manual_seed(seed)
-        model = ResNet(recipe.network).to(memory_format=torch.channels_last)
+        model = channels_last(ResNet(recipe.network))
 
         def loss(step: int, model: ResNet = model, seed: int = seed) -> Tensor:
             rows = epoch_rows(len(y), recipe.optim.batch, step, seed)
@@ -84,7 +88,7 @@ def train_members(recipe: MembersRecipe, splits: Splits, out: Path) -> dict[str,
 
         label = f"member-{index + 1}"
         done = train(model, recipe.optim, loss, out / "runs" / label, label=label)
-        member = done.ema.float().to(memory_format=torch.contiguous_format)
+        member = done.ema
         assert isinstance(member, ResNet)
         seconds += done.seconds
         fitted = (predict(member, split.images).argmax(1) == y).float().mean().item()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -33,6 +33,8 @@ def build(kind: type[T], values: dict[str, Any], where: str) -> T:
         hint = hints[name]
         if dataclasses.is_dataclass(hint) and isinstance(value, dict):
             made[name] = build(hint, value, f"{where}: {name}")  # type: ignore[arg-type]
+        elif get_origin(hint) is tuple and isinstance(value, list):
+            made[name] = tuple(value)
         elif hint is float and isinstance(value, int) and not isinstance(value, bool):
             made[name] = float(value)
         elif isinstance(hint, type) and not isinstance(value, hint):

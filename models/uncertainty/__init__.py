@@ -1,1 +1,1 @@
-"""uncertainty"""
+"""Uncertainty: arrays in, numbers out; numpy only."""

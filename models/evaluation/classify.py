@@ -1,0 +1,265 @@
+"""Evaluate a classifier: every method raw and calibrated, beside deep ensembles of every size.
+
+Definitions: design.md of the house, after Ashukha et al. (ICLR 2020) for DEE. Temperatures are fitted on
+the selection half of validation, on the averaged probabilities; the test set is touched by no choice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from models.api import ClassifiedRow, ClassifyWork
+from models.backbones.bridge import BridgeNetwork
+from models.backbones.resnet import ResNet
+from models.bridge.process import TEMPERATURE
+from models.bridge.sample import run_bridge
+from models.evaluation.metrics import accuracy, auroc, brier, deep_ensemble_equivalent, ece
+from models.store import read_config
+from models.tasks.classifier import bridge_folder, load_bridge_network, load_classifier, load_members, to_pixels
+from models.tasks.classify import ClassifyTask, load
+from models.training.data import Images, Split, Splits
+from models.uncertainty.scores import fit_temperature, log_softmax, mean_log_probability, nll, soften
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One method on the test set; `temperature` was fitted on validation."""
+
+    acc: float
+    nll: float
+    brier: float
+    ece: float
+    temperature: float
+    cnll: float
+    cece: float
+
+
+def score(selection: tuple[Floats, NDArray[np.int64]], test: tuple[Floats, NDArray[np.int64]]) -> Score:
+    """Score log probabilities (N, K): the temperature from `selection`, the metrics from `test`."""
+    temperature = fit_temperature(*selection)
+    log_p, labels = test
+    raw, calibrated = soften(log_p, 1.0), soften(log_p, temperature)
+    return Score(
+        acc=accuracy(raw, labels),
+        nll=nll(raw, labels),
+        brier=brier(raw, labels),
+        ece=ece(raw, labels),
+        temperature=temperature,
+        cnll=nll(calibrated, labels),
+        cece=ece(calibrated, labels),
+    )
+
+
+def mean_score(scores: list[Score]) -> Score:
+    """Field by field."""
+    return Score(*(float(np.mean(values)) for values in zip(*(vars(s).values() for s in scores), strict=True)))
+
+
+@torch.inference_mode()
+def member_log_probabilities(members: list[ResNet], split: Split) -> Floats:
+    """(N, M, K) float64."""
+    parts = []
+    for i in range(0, len(split), 1000):
+        x = to_pixels(split.images[i : i + 1000])
+        parts.append(torch.stack([m(x) for m in members], 1).double().numpy())
+    return log_softmax(np.concatenate(parts))
+
+
+@torch.inference_mode()
+def bridge_log_probabilities(
+    source: ResNet, network: BridgeNetwork, split: Split, evaluations: int, softening: float
+) -> Floats:
+    """(N, K) float64 log probabilities of a bridge on the source's tap."""
+    parts = []
+    for i in range(0, len(split), 1000):
+        tap = source.tap(to_pixels(split.images[i : i + 1000]))
+        logits = source.fc(source.features(tap))
+        parts.append(run_bridge(network, tap, logits, evaluations, softening).double().numpy())
+    return log_softmax(np.concatenate(parts))
+
+
+def variants(networks: dict[str, nn.Module]) -> dict[str, tuple[BridgeNetwork, int, float]]:
+    """Ways to run each network: bridges at T and at one evaluation, regressors at one, unsoftened."""
+    ways: dict[str, tuple[BridgeNetwork, int, float]] = {}
+    for name, network in networks.items():
+        assert isinstance(network, BridgeNetwork)
+        if name.startswith("regressor"):
+            ways[f"{name} x1"] = network, 1, 1.0
+        else:
+            for evaluations in sorted({1, network.config.steps}):
+                ways[f"{name} x{evaluations}"] = network, evaluations, TEMPERATURE
+    return ways
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What validation chose: config entries of the bridge folder, and calibrated NLL of every variant."""
+
+    config: dict[str, Any]
+    scores: dict[str, float]
+
+
+def choose_bridge(networks: dict[str, nn.Module], ensemble: Path, selection: Split) -> Chosen:
+    """Pick the bridge and its evaluations by calibrated NLL on validation.
+
+    Candidates are what a folder can serve: `bridge-<seed>`; regressors and the logit input are scored beside.
+    """
+    source = load_members(ensemble)[0]
+    scores, temperatures = {}, {}
+    for name, (network, evaluations, softening) in variants(networks).items():
+        log_p = bridge_log_probabilities(source, network, selection, evaluations, softening)
+        temperatures[name] = fit_temperature(log_p, selection.labels)
+        scores[name] = nll(soften(log_p, temperatures[name]), selection.labels)
+    best = min((name for name in scores if name.startswith("bridge")), key=lambda name: scores[name])
+    network, evaluations, softening = variants(networks)[best]
+    config = {
+        "serve": f"{best.split(' ')[0]}.safetensors",
+        "evaluations": evaluations,
+        "softening": softening,
+        "temperature": temperatures[best],
+        "network": vars(network.config),
+    }
+    return Chosen(config, scores)
+
+
+def calibrate(ensemble: Path, selection: Split) -> dict[str, float]:
+    """Validation temperatures of `single` and `ensemble`."""
+    log_p = member_log_probabilities(load_members(ensemble), selection)
+    return {
+        "single": fit_temperature(log_p[:, 0], selection.labels),
+        "ensemble": fit_temperature(mean_log_probability(log_p), selection.labels),
+    }
+
+
+def measure_times(runs: dict[str, Callable[[], Any]], repeats: int = 7) -> dict[str, float]:
+    """Median seconds of each, alternating so that all meet the same machine."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if repeat:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+@torch.inference_mode()
+def time_methods(ensemble: Path, batch: int = 64) -> dict[str, float]:
+    """Measured time of every row of the table relative to the source, at `batch` images."""
+    classifier = load_classifier(ensemble)
+    height, width, channels = classifier.config["image"]
+    x, members = torch.rand(batch, channels, height, width), classifier.members
+    runs: dict[str, Callable[[], Any]] = {"source": lambda: members[0](x)}
+    for m in range(2, len(members) + 1):
+        runs[f"DE-{m}"] = lambda m=m: [member(x) for member in members[:m]]
+    if (bridge := classifier.bridge) is not None:
+
+        def bridged(evaluations: int) -> Any:
+            tap = members[0].tap(x)
+            logits = members[0].fc(members[0].features(tap))
+            return run_bridge(bridge.network, tap, logits, evaluations, bridge.softening)
+
+        for evaluations in {1, bridge.network.config.steps}:
+            runs[f"bridge x{evaluations}"] = lambda n=evaluations: bridged(n)
+    seconds = measure_times(runs)
+    return {name: value / seconds["source"] for name, value in seconds.items()}
+
+
+def costs_by_row(ensemble: Path) -> dict[str, float]:
+    """Conv + linear MACs of every row of the table relative to the source."""
+    classifier = load_classifier(ensemble)
+    costs = {"source": 1.0} | {f"DE-{m}": float(m) for m in range(1, len(classifier.members) + 1)}
+    if classifier.bridge is not None:
+        light = (classifier.costs()["bridge"] - 1.0) / classifier.bridge.evaluations
+        steps = classifier.bridge.network.config.steps
+        costs |= {"bridge x1": 1 + light, f"bridge x{steps}": 1 + steps * light, "regressor x1": 1 + light}
+    return costs
+
+
+def detect(ensemble: Path, test: Split, ood: Split) -> dict[str, float]:
+    """AUROC of calibrated entropy, out-of-distribution above test images, per served method."""
+    task = load(ensemble, 500, "cpu")
+    return {
+        method: auroc(task_entropies(task, method, ood.images), task_entropies(task, method, test.images))
+        for method in task.info.methods
+    }
+
+
+def task_entropies(task: ClassifyTask, method: str, images: Images) -> Floats:
+    """Entropy (N,) as the service answers it."""
+    return np.array([row.uncertainty["entropy"] for row in classify_images(task, method, images)])
+
+
+def classify_images(task: ClassifyTask, method: str, images: Images) -> list[ClassifiedRow]:
+    """Run uint8 images (N, H, W, C) through the task, in pool-sized jobs."""
+    rows: list[ClassifiedRow] = []
+    for i in range(0, len(images), task.capacity):
+        part = tuple(image.tobytes() for image in images[i : i + task.capacity])
+        work = ClassifyWork(model=task.info.name, images=part, method=method, top_k=1)  # type: ignore[arg-type]
+        slots = list(range(len(part)))
+        for _ in range(task.admit(work, slots, slots)[0]):
+            task.step(slots)
+        rows += task.collect(slots)
+    return rows
+
+
+def evaluate(ensemble: Path, splits: Splits) -> dict[str, Any]:
+    """Everything the table shows: rows by method, DE curve, share of the gap recovered with its interval."""
+    selection, test = splits.selection, splits.test
+    members = load_members(ensemble)
+    val_p, test_p = (member_log_probabilities(members, s) for s in (selection, test))
+
+    def ensemble_score(which: tuple[int, ...]) -> Score:
+        val, tst = (mean_log_probability(p[:, list(which)]) for p in (val_p, test_p))
+        return score((val, selection.labels), (tst, test.labels))
+
+    m = len(members)
+    ensembles = {
+        size: mean_score([ensemble_score(w) for w in itertools.combinations(range(m), size)])
+        for size in range(1, m + 1)
+    }
+    source = ensemble_score((0,))
+    rows: dict[str, list[Score]] = {"source": [source], **{f"DE-{k}": [v] for k, v in ensembles.items()}}
+    beside = bridge_folder(ensemble)
+    if beside is not None:
+        config = read_config(beside, "bridge")
+        networks: dict[str, nn.Module] = {
+            n.removesuffix(".safetensors"): load_bridge_network(beside, config, n) for n in config["files"]
+        }
+        for name, (network, evaluations, softening) in variants(networks).items():
+            val, tst = (
+                bridge_log_probabilities(members[0], network, s, evaluations, softening) for s in (selection, test)
+            )
+            kind = f"{name.split('-')[0]} x{evaluations}"
+            rows.setdefault(kind, []).append(score((val, selection.labels), (tst, test.labels)))
+    curve = {k: v.cnll for k, v in ensembles.items()}
+    gap = source.cnll - curve[3]
+    recovered = {
+        kind: interval([(source.cnll - s.cnll) / gap for s in scores])
+        for kind, scores in rows.items()
+        if kind.startswith(("bridge", "regressor"))
+    }
+    dee = {kind: interval([deep_ensemble_equivalent(s.cnll, curve) for s in scores]) for kind, scores in rows.items()}
+    return {"rows": rows, "dee": dee, "recovered": recovered, "curve": curve}
+
+
+def interval(values: list[float]) -> dict[str, float]:
+    """Mean, standard error and 95 % t-interval of a few seeds."""
+    t95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+    n, mean = len(values), float(np.mean(values))
+    if n not in t95:
+        return {"mean": mean, "n": n}
+    se = float(np.std(values, ddof=1) / np.sqrt(n))
+    return {"mean": mean, "se": se, "low": mean - t95[n] * se, "high": mean + t95[n] * se, "n": n}

@@ -1,0 +1,133 @@
+"""Evaluate a generator: cost, speed, class agreement and Frechet distance of every gear.
+
+Same solver, steps, guidance, labels and noise for every gear. The distance is over features of the judge's
+first member (after global pooling), against all test images; it is never called FID. The floor is the
+distance of as many random training images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.api import Gear, GenerateWork
+from models.backbones.resnet import ResNet
+from models.evaluation.classify import measure_times
+from models.evaluation.metrics import frechet, frechet_interval, moments
+from models.tasks.classifier import load_members, to_pixels
+from models.tasks.generate import GenerateTask, load
+from models.training.data import Images, Splits
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GearScore:
+    """One gear's place on the cost/quality curve; ratios are relative to `full`."""
+
+    gear: Gear
+    layer_evals_per_image: float
+    layer_evals_ratio: float
+    time_ratio: float
+    class_accuracy: float
+    frechet: float
+    frechet_low: float
+    frechet_high: float
+
+
+def balanced_work(task: GenerateTask, gear: Gear, first: int, n: int, seed: int) -> GenerateWork:
+    """`n` images from index `first` of a label-balanced set; image i always has seed + i and label i mod K."""
+    indices = range(first, first + n)
+    return GenerateWork(
+        model=task.info.name,
+        labels=tuple(i % len(task.info.labels) for i in indices),
+        seeds=tuple(seed + i for i in indices),
+        steps=gear.steps,
+        solver=gear.solver,
+        guidance=gear.guidance,
+        gear=gear.name,
+    )
+
+
+def run_work(task: GenerateTask, work: GenerateWork) -> tuple[Images, int]:
+    """Run one job that fits the pool: images (n, H, W, C), and layer evaluations as counted."""
+    slots = list(range(work.rows))
+    evaluations = task.admit(work, slots, slots)
+    for _ in range(evaluations[0]):
+        task.step(slots)
+    rows = task.collect(slots)
+    return np.stack([row.pixels for row in rows]), sum(row.layer_evals for row in rows)
+
+
+def draw(task: GenerateTask, gear: Gear, n: int, seed: int) -> tuple[Images, float]:
+    """`n` label-balanced images in pool-sized jobs, and layer evaluations per image."""
+    images, layer_evals = [], 0
+    for first in range(0, n, task.capacity):
+        part, ran = run_work(task, balanced_work(task, gear, first, min(task.capacity, n - first), seed))
+        images.append(part)
+        layer_evals += ran
+        print(f"{gear.name}: {first + len(part)}/{n}", end="\r", flush=True)
+    return np.concatenate(images), layer_evals / n
+
+
+@torch.inference_mode()
+def features(judge: ResNet, images: Images) -> Floats:
+    """Pooled features (N, D) of uint8 images (N, H, W, C)."""
+    chunks = [to_pixels(images[i : i + 1000]) for i in range(0, len(images), 1000)]
+    return np.concatenate([judge.features(judge.tap(x)).double().numpy() for x in chunks])
+
+
+@torch.inference_mode()
+def agreement(judges: list[ResNet], images: Images, labels: NDArray[np.int64]) -> float:
+    """Share of images that the ensemble classifies as their label."""
+    right = 0
+    for i in range(0, len(images), 1000):
+        x = to_pixels(images[i : i + 1000])
+        mean = torch.stack([m(x).softmax(1) for m in judges]).mean(0)
+        right += int((mean.argmax(1).numpy() == labels[i : i + 1000]).sum())
+    return right / len(images)
+
+
+def time_gears(folder: Path, gears: tuple[Gear, ...], batch: int) -> dict[str, float]:
+    """Measured time of each gear relative to `full`, one job of `batch` images, alternating."""
+    task = load(folder, batch, "cpu")
+    seconds = measure_times(
+        {gear.name: lambda gear=gear: run_work(task, balanced_work(task, gear, 0, batch, 0)) for gear in gears}
+    )
+    return {name: value / seconds["full"] for name, value in seconds.items()}
+
+
+def evaluate(folder: Path, judge_folder: Path, splits: Splits, n: int, seed: int, batch: int = 32) -> dict[str, Any]:
+    """Score every gear with `n` images; also the floor with its interval."""
+    judges = load_members(judge_folder)
+    reference = moments(features(judges[0], splits.test.images))
+    random = np.random.default_rng(seed).choice(len(splits.train), n, replace=False)
+    real = features(judges[0], splits.train.images[random])
+    task = load(folder, 100, "cpu")
+    times = time_gears(folder, task.info.gears, batch)
+    drawn = {gear.name: draw(task, gear, n, seed) for gear in task.info.gears}
+    labels = np.arange(n) % len(task.info.labels)
+    scores = []
+    for gear in task.info.gears:
+        images, layer_evals = drawn[gear.name]
+        found = features(judges[0], images)
+        low, high = frechet_interval(found, reference)
+        scores.append(
+            GearScore(
+                gear=gear,
+                layer_evals_per_image=layer_evals,
+                layer_evals_ratio=layer_evals / drawn["full"][1],
+                time_ratio=times[gear.name],
+                class_accuracy=agreement(judges, images, labels),
+                frechet=frechet(moments(found), reference),
+                frechet_low=low,
+                frechet_high=high,
+            )
+        )
+    floor = frechet(moments(real), reference)
+    return {"gears": scores, "floor": floor, "floor_interval": frechet_interval(real, reference)}
