@@ -5,6 +5,7 @@
     |   |- UnknownName           422 unknown_name      no such model, label, gear, method
     |   `- NotAnImage            422 not_an_image      bytes that are no picture we read
     |- NotFound                  404 not_found         no such page or model
+    |- NotAllowed                405 not_allowed       no such method on this path
     |- NotAcceptable             406 not_acceptable    no representation the client accepts
     |- TooLarge                  413 too_large         body or picture above the limit
     |- QueueFull                 429 queue_full        backlog at its budget; Retry-After says when

@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,9 +162,13 @@ def time_methods(ensemble: Path, batch: int = 64) -> dict[str, float]:
     classifier = load_classifier(ensemble)
     height, width, channels = classifier.config["image"]
     x, members = torch.rand(batch, channels, height, width), classifier.members
+
+    def run_members(m: int) -> Any:
+        return [member(x) for member in members[:m]]
+
     runs: dict[str, Callable[[], Any]] = {"source": lambda: members[0](x)}
     for m in range(2, len(members) + 1):
-        runs[f"DE-{m}"] = lambda m=m: [member(x) for member in members[:m]]
+        runs[f"DE-{m}"] = partial(run_members, m)
     if (bridge := classifier.bridge) is not None:
 
         def bridged(evaluations: int) -> Any:
@@ -172,7 +177,7 @@ def time_methods(ensemble: Path, batch: int = 64) -> dict[str, float]:
             return run_bridge(bridge.network, tap, logits, evaluations, bridge.softening)
 
         for evaluations in {1, bridge.network.config.steps}:
-            runs[f"bridge x{evaluations}"] = lambda n=evaluations: bridged(n)
+            runs[f"bridge x{evaluations}"] = partial(bridged, evaluations)
     seconds = measure_times(runs)
     return {name: value / seconds["source"] for name, value in seconds.items()}
 

@@ -8,6 +8,7 @@ distance of as many random training images.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,8 @@ def agreement(judges: list[ResNet], images: Images, labels: NDArray[np.int64]) -
 def time_gears(folder: Path, gears: tuple[Gear, ...], batch: int) -> dict[str, float]:
     """Measured time of each gear relative to `full`, one job of `batch` images, alternating."""
     task = load(folder, batch, "cpu")
-    seconds = measure_times(
-        {gear.name: lambda gear=gear: run_work(task, balanced_work(task, gear, 0, batch, 0)) for gear in gears}
-    )
+    jobs = {gear.name: balanced_work(task, gear, 0, batch, 0) for gear in gears}
+    seconds = measure_times({name: partial(run_work, task, work) for name, work in jobs.items()})
     return {name: value / seconds["full"] for name, value in seconds.items()}
 
 

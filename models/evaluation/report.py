@@ -95,8 +95,9 @@ def classify_table(
         scores = ", ".join(f"{k} {v:.3f}" for k, v in detection.items())
         notes.append(f"AUROC of entropy, out-of-distribution against test images: {scores}.")
     notes.append(
-        f"c: at the method's own validation temperature T* (source at T* is the source row's cNLL). DE-m is averaged "
-        f"over all subsets of the members. x1, x5: network calls of the bridge. MACs and time are relative to the source, time at batch 64. {origin(where)}"
+        "c: at the method's own validation temperature T* (source at T* is the source row's cNLL). DE-m is averaged "
+        "over all subsets of the members. x1, x5: network calls of the bridge. MACs and time are relative to the "
+        f"source, time at batch 64. {origin(where)}"
     )
     return table + "\n\n" + " ".join(notes)
 

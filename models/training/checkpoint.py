@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: steps done, running mean of the loss, seconds spent over all sessions."""
+
+    step: int = 0
+    loss: float = float("nan")
+    seconds: float = 0.0
+
+
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path, progress: Progress, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     """Write model, averaged copy, optimizer and random state; a crash leaves the previous one whole."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -23,19 +33,19 @@ def save_checkpoint(
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
     tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
     fresh = folder / "checkpoint.safetensors.new"
-    save_file(tensors, fresh, {"step": str(step)})
+    save_file(tensors, fresh, {"progress": json.dumps(asdict(progress))})
     fresh.replace(folder / "checkpoint.safetensors")
 
 
-def load_checkpoint(folder: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore what `save_checkpoint` wrote; returns the step, 0 when there is none."""
+def load_checkpoint(folder: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Restore what `save_checkpoint` wrote, if anything; returns where the run stands."""
     path = folder / "checkpoint.safetensors"
     if not path.is_file():
-        return 0
+        return Progress()
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        step = int(file.metadata()["step"])
+        progress = Progress(**json.loads(file.metadata()["progress"]))
     tensors = load_file(path)
     torch.set_rng_state(tensors.pop("rng"))
 
@@ -50,7 +60,7 @@ def load_checkpoint(folder: Path, model: nn.Module, ema: nn.Module, optimizer: t
         state.setdefault(int(index), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return step
+    return progress
 
 
 def append_log(folder: Path, **values: object) -> None:

@@ -79,7 +79,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     if zero != 0 or kind != 0x08:
         raise DataError(f"{path} is not an IDX file of unsigned bytes")
     shape = struct.unpack(f">{rank}I", raw[4 : 4 + 4 * rank])
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()
 
 
 def read_folder(folder: Path) -> Split:

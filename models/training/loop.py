@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.training.checkpoint import append_log, load_checkpoint, save_checkpoint
+from models.training.checkpoint import Progress, append_log, load_checkpoint, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Optim:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run leaves: the averaged model, its last losses, seconds spent in this process."""
+    """What a run leaves: the averaged model, its last losses, seconds spent over all sessions."""
 
     ema: nn.Module
     loss: float
@@ -89,9 +89,14 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(optim, parameters)
     ema = copy.deepcopy(model).requires_grad_(False)
-    start = load_checkpoint(out, model, ema, optimizer)
+    resumed = load_checkpoint(out, model, ema, optimizer)
+    start, mean = resumed.step, resumed.loss
     model.train()
-    began, mean = time.perf_counter(), float("nan")
+    began = time.perf_counter()
+
+    def seconds() -> float:
+        return resumed.seconds + time.perf_counter() - began
+
     for step in range(start, optim.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(optim, step)
@@ -107,9 +112,9 @@ def train(
         if (step + 1) % 50 == 0 or step + 1 == optim.steps:
             progress(label, step + 1, optim.steps, mean, (time.perf_counter() - began) / (step + 1 - start))
         if (step + 1) % optim.checkpoint_every == 0 or step + 1 == optim.steps:
-            save_checkpoint(out, step + 1, model, ema, optimizer)
-            append_log(out, label=label, step=step + 1, loss=mean, seconds=time.perf_counter() - began)
-    return Trained(ema.eval(), mean, time.perf_counter() - began, optim.steps)
+            save_checkpoint(out, Progress(step + 1, mean, seconds()), model, ema, optimizer)
+            append_log(out, label=label, step=step + 1, loss=mean, seconds=seconds())
+    return Trained(ema.eval(), mean, seconds(), optim.steps)
 
 
 def progress(label: str, step: int, steps: int, loss: float, per_step: float) -> None:

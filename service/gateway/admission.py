@@ -1,0 +1,65 @@
+"""One job's way through the queue: priced, submitted against the backlog's budget, awaited."""
+
+from __future__ import annotations
+
+import time
+from uuid import uuid4
+
+from models.api import ClassifyWork, GenerateWork, ModelInfo, planned_layer_evals
+from service.errors import DeadlineExceeded, JobFailed, NoWorker, by_code
+from service.gateway.resolve import pick_gear
+from service.gateway.state import Gateway
+from service.protocol import ClassifyJob, GenerateJob, Job, Result
+
+GRACE_S = 0.5
+Work = GenerateWork | ClassifyWork
+
+
+def price(work: Work, info: ModelInfo) -> int:
+    """Planned cost of a job, at least 1: layer evaluations (generate) or network calls (classify)."""
+    if isinstance(work, GenerateWork):
+        planned = planned_layer_evals(pick_gear(info, work.gear), work.steps, work.guidance, work.rows)
+    else:
+        planned = info.calls.get(work.method, 1) * work.rows
+    return max(1, planned)
+
+
+async def run_job(gateway: Gateway, info: ModelInfo, work: Work, deadline_ms: int | None, arrived: float) -> Result:
+    """Submit `work` and wait for its result.
+
+    Args:
+        deadline_ms: the client's budget; None takes the setting's.
+        arrived: time.monotonic() at which the request came in; the budget counts from there.
+
+    Raises:
+        QueueFull, NoWorker, Unavailable, DeadlineExceeded, or what the worker failed with.
+    """
+    budget_s = gateway.settings.deadline_s if deadline_ms is None else deadline_ms / 1000
+    if not await gateway.broker.live_workers(info.name):
+        raise NoWorker(f"no live worker serves {info.name!r} now", field="model")
+    left_s = budget_s - (time.monotonic() - arrived)
+    if left_s <= 0:
+        raise DeadlineExceeded("the deadline passed before the job was queued", field="deadline_ms")
+    job = _job(gateway, info, work)
+    waiting = gateway.metrics.waiting.labels(info.task)
+    with gateway.replies.expect(job.id) as event, waiting.track_inprogress():
+        await gateway.broker.submit(job, work.rows, max(1, round(left_s * 1000)), gateway.settings.max_backlog)
+        result = await gateway.replies.result(event, info.name, job.id, left_s + GRACE_S)
+    _raise_failure(result)
+    return result
+
+
+def _job(gateway: Gateway, info: ModelInfo, work: Work) -> Job:
+    job_id, cost = uuid4().hex, price(work, info)
+    if isinstance(work, GenerateWork):
+        return GenerateJob(id=job_id, reply_to=gateway.id, cost=cost, work=work)
+    return ClassifyJob(id=job_id, reply_to=gateway.id, cost=cost, work=work)
+
+
+def _raise_failure(result: Result) -> None:
+    if result.failure:
+        raise by_code().get(result.failure.code, JobFailed)(result.failure.message)
+    if result.outcome == "expired":
+        raise DeadlineExceeded("the deadline passed while the job was queued or running", field="deadline_ms")
+    if result.outcome == "failed":
+        raise JobFailed("the worker could not run the job")

@@ -1,0 +1,79 @@
+"""Waiting for answers: one reader of the gateway's reply stream wakes the requests it names.
+
+The bytes of an answer lie under the result key; a wake-up only says when to look. Every waiter also
+looks by itself every `POLL_S`, so a lost wake-up costs delay and never an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from redis.exceptions import RedisError
+
+from service.broker.redis_streams import Broker
+from service.errors import DeadlineExceeded, OfframpError
+from service.protocol import Result
+
+POLL_S = 2.0
+BACKOFF_S = (0.05, 2.0)
+log = logging.getLogger(__name__)
+
+
+class Replies:
+    """Wake-ups of one gateway; `run` is its background task."""
+
+    def __init__(self, broker: Broker, gateway: str, poll_s: float = POLL_S) -> None:
+        self._broker, self._gateway, self._poll_s = broker, gateway, poll_s
+        self._waiting: dict[str, asyncio.Event] = {}
+
+    @contextmanager
+    def expect(self, job_id: str) -> Iterator[asyncio.Event]:
+        """Register a job *before* it is submitted; the event is set when there is reason to look."""
+        event = self._waiting[job_id] = asyncio.Event()
+        try:
+            yield event
+        finally:
+            del self._waiting[job_id]
+
+    async def result(self, event: asyncio.Event, model: str, job_id: str, budget_s: float) -> Result:
+        """The job's result; DeadlineExceeded after `budget_s` without one, whatever Redis does."""
+        try:
+            async with asyncio.timeout(budget_s):
+                while True:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(self._poll_s):
+                            await event.wait()
+                    event.clear()
+                    with suppress(RedisError):
+                        if found := await self._broker.result(model, job_id):
+                            return found
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed before the answer was ready", field="deadline_ms") from None
+
+    async def run(self) -> None:
+        """Read the reply stream until cancelled; outages are waited out with back-off."""
+        last, pause = "0", 0.0
+        while True:
+            try:
+                entries, last = await self._broker.replies(self._gateway, last)
+            except (RedisError, OfframpError) as error:
+                if not pause:
+                    log.warning("reply stream unreadable, retrying: %s", error)
+                pause = min(max(2 * pause, BACKOFF_S[0]), BACKOFF_S[1])
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                continue
+            if pause:
+                log.info("reply stream readable again")
+                pause = 0.0
+                self._wake_all()
+            for job_id, _status in entries:
+                if event := self._waiting.get(job_id):
+                    event.set()
+
+    def _wake_all(self) -> None:
+        for event in self._waiting.values():
+            event.set()

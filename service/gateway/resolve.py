@@ -1,0 +1,108 @@
+"""From what was asked to what will be done: names checked against the catalogue, defaults filled in. Pure."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, cast
+
+from models.api import (
+    SEED_LIMIT,
+    ClassifyParams,
+    ClassifyWork,
+    Gear,
+    GenerateParams,
+    GenerateWork,
+    ImageFormat,
+    MethodName,
+    ModelInfo,
+)
+from service.errors import NoWorker, UnknownName
+
+AUTO = "auto"
+_MASK = 2**64 - 1
+
+
+def pick_model(infos: Mapping[str, ModelInfo], name: str | None, task: Literal["generate", "classify"]) -> ModelInfo:
+    """The named model of this task, or the first by name; NoWorker when there is none at all."""
+    served = {key: infos[key] for key in sorted(infos) if infos[key].task == task}
+    if not served:
+        raise NoWorker(f"no worker advertises a model for /{task} now")
+    if name is None:
+        return next(iter(served.values()))
+    if name not in served:
+        raise unknown("model", name, served)
+    return served[name]
+
+
+def generate_work(params: GenerateParams, info: ModelInfo, image_format: ImageFormat) -> GenerateWork:
+    """Every choice of a generate job made.
+
+    Explicit steps, solver and guidance that differ from the gear's replace them and are listed in
+    `overrides`. Image i has seed (seed + i) mod 2^53 and, where no label was asked for, the label
+    that this seed hashes to: one image's label never depends on its neighbours.
+    """
+    gear = pick_gear(info, params.gear)
+    asked = {"solver": params.solver, "steps": params.steps, "guidance": params.guidance}
+    overrides = tuple(key for key, value in asked.items() if value not in (None, getattr(gear, key)))
+    base = secrets.randbelow(SEED_LIMIT) if params.seed is None else params.seed
+    seeds = tuple((base + i) % SEED_LIMIT for i in range(params.n))
+    label = None if params.label is None else pick_label(info.labels, params.label)
+    return GenerateWork(
+        model=info.name,
+        labels=tuple(splitmix64(seed) % len(info.labels) if label is None else label for seed in seeds),
+        seeds=seeds,
+        steps=gear.steps if params.steps is None else params.steps,
+        solver=gear.solver if params.solver is None else params.solver,
+        guidance=gear.guidance if params.guidance is None else params.guidance,
+        gear=gear.name,
+        overrides=overrides,
+        format=image_format,
+    )
+
+
+def classify_work(params: ClassifyParams, info: ModelInfo, images: Sequence[bytes]) -> ClassifyWork:
+    """A classify job; `images` are already uint8 HWC bytes of the model's shape."""
+    method = info.default_method if params.method is None else params.method
+    if method not in info.methods:
+        raise unknown("method", method, info.methods)
+    return ClassifyWork(
+        model=info.name,
+        images=tuple(images),
+        method=cast(MethodName, method),
+        top_k=min(params.top_k, len(info.labels)),
+    )
+
+
+def pick_gear(info: ModelInfo, name: str) -> Gear:
+    """The gear called `name`; `auto` is the model's default gear."""
+    gears = {gear.name: gear for gear in info.gears}
+    chosen = info.default_gear if name == AUTO else name
+    if chosen not in gears:
+        raise unknown("gear", name, (AUTO, *gears))
+    return gears[chosen]
+
+
+def pick_label(labels: Sequence[str], label: int | str) -> int:
+    """Index of a class given by index or, whatever its case, by name."""
+    if isinstance(label, int):
+        if 0 <= label < len(labels):
+            return label
+        raise UnknownName(f"label {label} is not below {len(labels)}, the number of classes", field="label")
+    names = {name.casefold(): index for index, name in enumerate(labels)}
+    if label.casefold() not in names:
+        raise unknown("label", label, labels)
+    return names[label.casefold()]
+
+
+def splitmix64(x: int) -> int:
+    """The first output of splitmix64 seeded with `x` (Steele, Lea, Flood 2014): 64 well-mixed bits."""
+    z = (x + 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def unknown(field: str, name: str, known: Iterable[str]) -> UnknownName:
+    """The error that names the field and lists what is known."""
+    return UnknownName(f"unknown {field} {name!r}; known: {', '.join(known)}", field=field)

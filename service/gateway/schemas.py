@@ -1,0 +1,156 @@
+"""What crosses HTTP. Request models are derived from models.api, so that a new field is one line there."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import fields
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from models.api import MAX_ROWS, ClassifyParams, GenerateParams, ModelInfo
+
+P = TypeVar("P")
+Base64Image = Annotated[str, Field(min_length=1)]
+
+
+def request_model(name: str, params: type[Any], **extra: Any) -> type[BaseModel]:
+    """A pydantic model with the fields, bounds, defaults and descriptions of the dataclass `params`.
+
+    Strict: no coercion between JSON types, no NaN or infinity, no unknown fields.
+    """
+    hints = get_type_hints(params)
+    derived: dict[str, Any] = {
+        f.name: (_constrained(hints[f.name], f.metadata), Field(f.default, description=f.metadata["doc"]))
+        for f in fields(params)
+    }
+    config = ConfigDict(extra="forbid", strict=True, title=name)
+    return create_model(name, __config__=config, __doc__=params.__doc__, **extra, **derived)
+
+
+def to_params(kind: type[P], model: BaseModel) -> P:
+    """The dataclass again, from a validated model derived from it."""
+    return kind(**{f.name: getattr(model, f.name) for f in fields(kind)})  # type: ignore[arg-type]
+
+
+def _constrained(hint: Any, bounds: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        return reduce(or_, (_constrained(member, bounds) for member in get_args(hint)))
+    if hint in (int, float):
+        finite = False if hint is float else None
+        return Annotated[hint, Field(ge=bounds.get("ge"), le=bounds.get("le"), allow_inf_nan=finite)]
+    if hint is str and "max_length" in bounds:
+        return Annotated[hint, Field(max_length=bounds["max_length"])]
+    return hint
+
+
+GenerateRequest = request_model("GenerateRequest", GenerateParams)
+ClassifyForm = request_model("ClassifyForm", ClassifyParams)
+ClassifyRequest = request_model(
+    "ClassifyRequest",
+    ClassifyParams,
+    image=(Base64Image | None, Field(None, description="One PNG, JPEG or WebP picture, base64.")),
+    images=(
+        Annotated[list[Base64Image], Field(min_length=1, max_length=MAX_ROWS)] | None,
+        Field(None, description=f"1-{MAX_ROWS} such pictures; give `image` or `images`, not both."),
+    ),
+)
+
+
+class Timings(BaseModel):
+    """Seconds: waiting in the queue, running, and arrival to answer."""
+
+    queue_s: float
+    run_s: float
+    total_s: float
+
+
+class GeneratedImage(BaseModel):
+    """One image: base64 of the encoded bytes, its class name, its own seed."""
+
+    b64: str
+    label: str
+    seed: int
+
+
+class GenerateReceipt(BaseModel):
+    """What the images cost, counted as they ran. Layer evaluations are blocks x network rows."""
+
+    model_config = ConfigDict(extra="allow")
+
+    gear: str
+    solver: str
+    steps: int
+    depth: int
+    exit_depths: list[int] | list[list[int]] = Field(description="Blocks per evaluation; per image where they differ.")
+    layer_evals: int
+    layer_evals_full: int
+    compute_saved: float
+
+
+class GenerateResponse(BaseModel):
+    """The answer of POST /generate."""
+
+    id: str
+    model: str
+    images: list[GeneratedImage]
+    receipt: GenerateReceipt
+    timings: Timings
+
+
+class RankedClass(BaseModel):
+    """A class and its calibrated probability."""
+
+    label: str
+    index: int
+    score: float
+
+
+class Classification(RankedClass):
+    """The most probable class of one image, its rivals, and how unsure the answer is (nats)."""
+
+    top_k: list[RankedClass]
+    probabilities: dict[str, float]
+    uncertainty: dict[str, float]
+
+
+class ClassifyReceipt(BaseModel):
+    """How the answer was made; `cost_vs_single` counts conv + linear MACs."""
+
+    model_config = ConfigDict(extra="allow")
+
+    method: str
+    cost_vs_single: float
+
+
+class ClassifyResponse(BaseModel):
+    """The answer of POST /classify."""
+
+    id: str
+    model: str
+    results: list[Classification]
+    receipt: ClassifyReceipt
+    timings: Timings
+
+
+class ModelList(BaseModel):
+    """The answer of GET /models."""
+
+    models: list[ModelInfo]
+
+
+class Problem(BaseModel):
+    """An error as RFC 9457 problem details; `code` is its stable name, `field` the part at fault."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    code: str
+    request_id: str
+    field: str | None = None
+    retry_after_s: int | None = None
+    errors: list[dict[str, str]] | None = None

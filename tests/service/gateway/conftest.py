@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from redis.asyncio import Redis
+
+from tests.service.gateway.serving import Worker, client, echo
+
+
+@pytest.fixture
+async def redis(valkey_url: str) -> AsyncIterator[Redis]:
+    """A client of an emptied server."""
+    async with Redis.from_url(valkey_url) as found:
+        await found.flushall()
+        yield found
+
+
+@pytest.fixture
+async def worker(redis: Redis, valkey_url: str) -> AsyncIterator[Worker]:
+    """A worker's double that answers everything."""
+    async with Worker(valkey_url, echo) as found:
+        yield found
+
+
+@pytest.fixture
+async def http(worker: Worker, valkey_url: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a gateway whose jobs `worker` answers."""
+    async with client(valkey_url, max_body_bytes=100_000, max_pixels=1_000_000) as found:
+        yield found

@@ -1,0 +1,58 @@
+"""Made-up traffic that moves every series of one gateway and one worker by known amounts."""
+
+from __future__ import annotations
+
+from models.api import ExitSchedule, Gear, ModelInfo, StepStats
+from service.metrics import GatewayMetrics, WorkerMetrics
+
+GENERATOR = ModelInfo(
+    name="painter",
+    task="generate",
+    labels=("a", "b"),
+    image=(28, 28, 1),
+    weights="f" * 64,
+    depth=8,
+    gears=(Gear("balanced", ExitSchedule((1.0,), (6,)), "ddim", 20, 1.0),),
+    default_gear="balanced",
+)
+CLASSIFIER = ModelInfo(
+    name="judge",
+    task="classify",
+    labels=("a", "b"),
+    image=(28, 28, 1),
+    weights="e" * 64,
+    methods={"single": 1.0, "bridge": 1.2},
+    default_method="bridge",
+)
+TICK = StepStats(rows=4, layer_evals=24, layer_evals_full=32, depth_counts={(0, 8): 2, (5, 6): 1, (9, 2): 1})
+
+
+class Traffic:
+    """Series of one gateway and one worker; each `round` moves all of them by the same amounts."""
+
+    def __init__(self) -> None:
+        self.gateway, self.worker = GatewayMetrics(), WorkerMetrics()
+        for info in (GENERATOR, CLASSIFIER):
+            self.worker.declare(info, "cpu")
+
+    def round(self) -> None:
+        """Four requests of each kind, one of them refused, and one tick of each kind."""
+        for task, model, mode in (("generate", "painter", "balanced"), ("classify", "judge", "bridge")):
+            for outcome in ("ok", "ok", "ok", "rejected"):
+                self.gateway.requests.labels(task, model, outcome).inc()
+                self.gateway.duration.labels(task, model).observe(0.25)
+            self.gateway.waiting.labels(task).set(2)
+            self.gateway.queue_jobs.labels(model).set(3)
+            self.gateway.backlog.labels(model).set(480)
+            self.gateway.jobs.labels(model, "accepted").inc(3)
+            self.gateway.jobs.labels(model, "ok").inc(3)
+            self.gateway.workers.labels(model).set(1)
+            self.worker.queue_wait.labels(model).observe(0.01)
+            self.worker.run.labels(model).observe(0.2)
+            self.worker.slots.labels(model, "busy").set(4)
+            self.worker.outcomes.labels(model, "ok").inc(3)
+            self.worker.images.labels(model, mode).inc(4)
+        self.worker.ticked("painter", 0.02, TICK, jobs=2)
+        self.worker.ticked("judge", 0.01, StepStats(rows=4), jobs=1)
+        self.worker.entropy.labels("judge", "bridge").observe(0.4)
+        self.worker.disagreement.labels("judge", "bridge").observe(0.05)
