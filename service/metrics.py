@@ -13,7 +13,30 @@ from prometheus_client.registry import Collector
 
 from models.api import ModelInfo, StepStats
 
-SECONDS = (0.001, 0.002, 0.004, 0.007, 0.012, 0.02, 0.035, 0.06, 0.1, 0.17, 0.3, 0.5, 0.85, 1.5, 2.5, 4, 7, 12, 20, 35, 60, 120)
+SECONDS = (
+    0.001,
+    0.002,
+    0.004,
+    0.007,
+    0.012,
+    0.02,
+    0.035,
+    0.06,
+    0.1,
+    0.17,
+    0.3,
+    0.5,
+    0.85,
+    1.5,
+    2.5,
+    4,
+    7,
+    12,
+    20,
+    35,
+    60,
+    120,
+)
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256)
 NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.3, 3.0, 5.0)
 OUTCOMES = ("ok", "bad_request", "rejected", "expired", "failed", "unavailable")
@@ -90,9 +113,7 @@ class WorkerMetrics:
         self.run = Histogram("offramp_run_seconds", "Admission to last tick.", ["model"], buckets=SECONDS, registry=r)
         self.tick = Histogram("offramp_tick_duration_seconds", "One tick.", ["model"], buckets=SECONDS, registry=r)
         self.rows = Histogram("offramp_batch_rows", "Rows of a tick.", ["model"], buckets=ROWS, registry=r)
-        self.mixed = Counter(
-            "offramp_mixed_ticks", "Ticks whose rows came from several jobs.", ["model"], registry=r
-        )
+        self.mixed = Counter("offramp_mixed_ticks", "Ticks whose rows came from several jobs.", ["model"], registry=r)
         self.slots = Gauge("offramp_slots", "Slots by state.", ["model", "state"], registry=r)
         self.layer_evals = Counter(
             "offramp_layer_evals", "Blocks x network rows, run and skipped by exits.", ["model", "kind"], registry=r
