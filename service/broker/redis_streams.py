@@ -7,6 +7,7 @@ one slot. Lease = pending entry of the consumer group; its idle time is the time
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ REPLIES_KEPT = 10_000
 REPLY_TTL_S = 600
 BLOCK_MS = 1_000
 
+log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -71,7 +73,8 @@ def reachable(call: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
         try:
             return await call(*args, **kwargs)
         except (RedisConnectionError, RedisTimeoutError, BusyLoadingError, ReadOnlyError, OSError) as error:
-            raise Unavailable(f"Redis does not answer: {error}", retry_after_s=1) from None
+            log.debug("redis: %s", error)
+            raise Unavailable(f"Redis does not answer ({type(error).__name__})", retry_after_s=1) from None
 
     return wrapped
 

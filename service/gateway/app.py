@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from secrets import token_hex
 from typing import Any
@@ -64,13 +63,10 @@ def create_app(settings: Settings) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     gateway: Gateway = app.state.gateway
-    reader = asyncio.create_task(gateway.replies.run(), name="replies")
     try:
-        yield
+        async with gateway.replies:
+            yield
     finally:
-        reader.cancel()
-        with suppress(asyncio.CancelledError):
-            await reader
         await gateway.broker.aclose()
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from redis.exceptions import RedisError
 
 from service.broker.redis_streams import Broker
-from service.errors import DeadlineExceeded, OfframpError
+from service.errors import DeadlineExceeded, Unavailable
 from service.protocol import Result
 
 POLL_S = 2.0
@@ -24,11 +24,25 @@ log = logging.getLogger(__name__)
 
 
 class Replies:
-    """Wake-ups of one gateway; `run` is its background task."""
+    """Wake-ups of one gateway; `async with` runs the reader of its stream."""
 
     def __init__(self, broker: Broker, gateway: str, poll_s: float = POLL_S) -> None:
         self._broker, self._gateway, self._poll_s = broker, gateway, poll_s
         self._waiting: dict[str, asyncio.Event] = {}
+        self._reader: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    async def __aenter__(self) -> Replies:
+        self._stopping = False
+        self._reader = asyncio.create_task(self._read(), name="replies")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop reading. On Python 3.11 wait_for may swallow a cancellation, hence the flag beside it."""
+        self._stopping = True
+        if self._reader:
+            self._reader.cancel()
+            await asyncio.wait([self._reader])
 
     @contextmanager
     def expect(self, job_id: str) -> Iterator[asyncio.Event]:
@@ -41,26 +55,27 @@ class Replies:
 
     async def result(self, event: asyncio.Event, model: str, job_id: str, budget_s: float) -> Result:
         """The job's result; DeadlineExceeded after `budget_s` without one, whatever Redis does."""
-        try:
-            async with asyncio.timeout(budget_s):
-                while True:
+        clock = asyncio.get_running_loop().time
+        end = clock() + budget_s
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(end):
+                while clock() < end:
                     with suppress(TimeoutError):
                         async with asyncio.timeout(self._poll_s):
                             await event.wait()
                     event.clear()
-                    with suppress(RedisError):
+                    with suppress(Unavailable, RedisError):
                         if found := await self._broker.result(model, job_id):
                             return found
-        except TimeoutError:
-            raise DeadlineExceeded("the deadline passed before the answer was ready", field="deadline_ms") from None
+        raise DeadlineExceeded("the deadline passed before the answer was ready", field="deadline_ms")
 
-    async def run(self) -> None:
-        """Read the reply stream until cancelled; outages are waited out with back-off."""
+    async def _read(self) -> None:
+        """Pass wake-ups on; outages are waited out with back-off, then everybody looks for himself."""
         last, pause = "0", 0.0
-        while True:
+        while not self._stopping:
             try:
                 entries, last = await self._broker.replies(self._gateway, last)
-            except (RedisError, OfframpError) as error:
+            except (Unavailable, RedisError) as error:
                 if not pause:
                     log.warning("reply stream unreadable, retrying: %s", error)
                 pause = min(max(2 * pause, BACKOFF_S[0]), BACKOFF_S[1])
@@ -69,11 +84,10 @@ class Replies:
             if pause:
                 log.info("reply stream readable again")
                 pause = 0.0
-                self._wake_all()
-            for job_id, _status in entries:
-                if event := self._waiting.get(job_id):
-                    event.set()
+                self._wake(self._waiting)
+            self._wake(job_id for job_id, _status in entries)
 
-    def _wake_all(self) -> None:
-        for event in self._waiting.values():
-            event.set()
+    def _wake(self, job_ids: Iterable[str]) -> None:
+        for job_id in job_ids:
+            if event := self._waiting.get(job_id):
+                event.set()

@@ -47,8 +47,7 @@ class Engine:
         self._lock = threading.Lock()
         self._inbox: list[Delivery] = []
         self._withdrawn: set[str] = set()
-        self._free = task.capacity
-        self._idle = True
+        self._publish()
 
     def offer(self, delivery: Delivery) -> None:
         """Hand over a job; it enters at the next tick."""

@@ -37,6 +37,15 @@ async def test_a_job_goes_round(broker, model):
     assert (stats.jobs, stats.backlog, stats.ledger) == (0, 0, {"accepted": 1, "ok": 1})
 
 
+async def test_the_same_job_submitted_twice_is_queued_once(broker, model):
+    sent = job(model)
+    first = await broker.submit(sent, 1, 1000, 100)
+    again = await broker.submit(sent, 1, 1000, 100)
+    assert again == first
+    stats = await broker.queue_stats(model)
+    assert (stats.jobs, stats.backlog, stats.ledger) == (1, 10, {"accepted": 1})
+
+
 async def test_order_is_first_come(broker, model):
     sent = await put(broker, model, 1, 1, 1)
     taken = await broker.take(model, "w", 3, 3, LONG)

@@ -19,6 +19,7 @@ from PIL import Image
 from models.api import ExitSchedule, Gear, GenerateWork, ModelInfo
 from service.broker.redis_streams import Broker
 from service.config import Settings
+from service.errors import Unavailable
 from service.gateway.app import create_app
 from service.protocol import ClassifyJob, Delivery, EncodedImage, Failure, GenerateJob, Prediction, Result
 
@@ -89,11 +90,18 @@ def echo(delivery: Delivery) -> Result:
 
 
 def receipt(work: GenerateWork) -> dict[str, Any]:
-    cost = 4 * work.steps * work.rows
+    cost, depths = 4 * work.steps * work.rows, [4] * work.steps
     return {
-        "gear": work.gear, "solver": work.solver, "steps": work.steps, "depth": 4, "exit_depths": [4] * work.steps,
-        "layer_evals": cost, "layer_evals_full": cost, "compute_saved": 0.0, "overrides": list(work.overrides),
-    }  # fmt: skip
+        "gear": work.gear,
+        "solver": work.solver,
+        "steps": work.steps,
+        "depth": 4,
+        "exit_depths": depths if work.rows == 1 else [depths] * work.rows,
+        "layer_evals": cost,
+        "layer_evals_full": cost,
+        "compute_saved": 0.0,
+        "overrides": list(work.overrides),
+    }
 
 
 def failing(code: str) -> Answer:
@@ -114,6 +122,7 @@ class Worker:
     def __init__(self, url: str, answer: Answer, *, notify: bool = True) -> None:
         self.seen: list[GenerateJob | ClassifyJob] = []
         self._broker, self._answer, self._notify = Broker(url), answer, notify
+        self._stopping = False
 
     async def __aenter__(self) -> Worker:
         for info in INFOS:
@@ -123,22 +132,27 @@ class Worker:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._stopping = True
+        await asyncio.gather(*self._tasks)
         await self._broker.aclose()
 
     async def _serve(self, model: str) -> None:
-        while True:
-            taken = await self._broker.take(model, "double", 64, 64, 60_000)
-            for delivery in taken.deliveries:
-                self.seen.append(delivery.job)
-                if result := self._answer(delivery):
-                    await self._broker.finish(model, delivery, result, 60)
-                    if self._notify:
-                        await self._broker.notify(delivery.job.reply_to, result.id, result.outcome)
-            if not taken.deliveries:
-                await self._broker.wait(model, taken.cursor, 500)
+        while not self._stopping:
+            try:
+                await self._turn(model)
+            except Unavailable:
+                await asyncio.sleep(0.05)
+
+    async def _turn(self, model: str) -> None:
+        taken = await self._broker.take(model, "double", 64, 64, 60_000)
+        for delivery in taken.deliveries:
+            self.seen.append(delivery.job)
+            if result := self._answer(delivery):
+                await self._broker.finish(model, delivery, result, 60)
+                if self._notify:
+                    await self._broker.notify(delivery.job.reply_to, result.id, result.outcome)
+        if not taken.deliveries:
+            await self._broker.wait(model, taken.cursor, 50)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ async def test_generate_answers_in_the_documented_shape(http: httpx.AsyncClient)
     assert [(image["label"], image["seed"]) for image in answer["images"]] == [("Boot", 40), ("Boot", 41)]
     assert [Image.open(BytesIO(b64decode(i["b64"]))).getpixel((0, 0)) for i in answer["images"]] == [40, 41]
     assert answer["receipt"] == {
-        "gear": "eco", "solver": "ddim", "steps": 7, "depth": 4, "exit_depths": [4] * 7, "layer_evals": 56,
+        "gear": "eco", "solver": "ddim", "steps": 7, "depth": 4, "exit_depths": [[4] * 7] * 2, "layer_evals": 56,
         "layer_evals_full": 56, "compute_saved": 0.0, "overrides": ["steps"],
     }  # fmt: skip
     assert answer["timings"].keys() == {"queue_s", "run_s", "total_s"}
@@ -71,7 +71,7 @@ async def test_npy_holds_the_pixels(http: httpx.AsyncClient) -> None:
 
 
 async def test_a_receipt_too_long_for_a_header_loses_its_depths(http: httpx.AsyncClient) -> None:
-    response = await http.post("/generate", json={"steps": 1000}, headers={"Accept": "image/png"})
+    response = await http.post("/generate", json={"steps": 1000, "n": 3}, headers={"Accept": "image/png"})
     sent = json.loads(response.headers["Offramp-Receipt"])
     assert sent["steps"] == 1000
     assert "exit_depths" not in sent

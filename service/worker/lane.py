@@ -1,0 +1,253 @@
+"""One model's road between Redis and its engine: take, heartbeat, finish. Lives on the io thread's loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from redis.exceptions import RedisError
+
+from service.broker.redis_streams import Broker
+from service.config import Settings
+from service.errors import JobFailed, OfframpError
+from service.metrics import WorkerMetrics
+from service.protocol import Delivery, Failure, Result
+from service.worker.engine import Engine, Finished
+from service.worker.results import failed_result, record, to_result
+
+AWAY = (RedisError, OSError, OfframpError)
+BACKOFF_S = (0.05, 2.0)
+WAIT_MS = 1000
+NOTIFY_S = 20.0
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def wanted() -> bool:
+    """False once the current task was cancelled: on Python 3.11 a wait inside redis-py may swallow that."""
+    task = asyncio.current_task()
+    return task is None or not task.cancelling()
+
+
+class Backoff:
+    """Pauses that double from 50 ms to 2 s, jittered; says so in the log at the first and at the end."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._pause = what, 0.0
+
+    def failed(self, error: Exception) -> float:
+        """Seconds to pause after one more failure."""
+        if not self._pause:
+            log.warning("%s failed, retrying", self._what, extra={"error": f"{type(error).__name__}: {error}"})
+        self._pause = min(max(2 * self._pause, BACKOFF_S[0]), BACKOFF_S[1])
+        return self._pause * random.uniform(0.5, 1.0)
+
+    def worked(self) -> None:
+        """Begin again at the shortest pause."""
+        if self._pause:
+            log.info("%s works again", self._what)
+        self._pause = 0.0
+
+
+@dataclass(frozen=True)
+class Held:
+    """A job in hand, and until when (this machine's monotonic seconds) its answer is worth retrying."""
+
+    delivery: Delivery
+    useful_until: float
+
+
+class Lane:
+    """Jobs of one model in this worker's hands, keyed by stream entry."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        broker: Broker,
+        worker: str,
+        settings: Settings,
+        metrics: WorkerMetrics,
+        wake: Callable[[], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        self.engine, self.model = engine, engine.name
+        self.hand: dict[str, Held] = {}
+        self.room = asyncio.Event()
+        self.draining = asyncio.Event()
+        self.ready, self.stalled = False, False
+        self._broker, self._worker, self._settings, self._metrics = broker, worker, settings, metrics
+        self._wake, self._spawn = wake, spawn
+        self._put_down_one = asyncio.Event()
+        self._ticks_seen = -1
+        self._give_up_at = float("inf")
+
+    def drain(self) -> None:
+        """Take no more. Answers that Redis does not accept within a lease are left to redelivery."""
+        self._give_up_at = time.monotonic() + self._settings.lease_s
+        self.draining.set()
+
+    async def settled(self) -> None:
+        """Return when nothing is in hand."""
+        while self.hand:
+            self._put_down_one.clear()
+            await self._put_down_one.wait()
+
+    async def take(self) -> None:
+        """Take exactly as many rows as there are free slots, until drained."""
+        lease_ms = int(self._settings.lease_s * 1000)
+        backoff = Backoff(f"taking {self.model} jobs")
+        while wanted() and not self.draining.is_set():
+            self.room.clear()
+            free = self.engine.free_rows()
+            if self.stalled or not free:
+                await self._unless_draining(self.room.wait())
+                continue
+            try:
+                if not self.ready:
+                    await self._open()
+                taken = await self._broker.take(self.model, self._worker, free, self.engine.capacity, lease_ms)
+                for delivery in taken.deliveries:
+                    self._receive(delivery)
+                if taken.full:
+                    await self._unless_draining(self.room.wait())
+                elif not taken.deliveries:
+                    await self._unless_draining(self._broker.wait(self.model, taken.cursor, WAIT_MS))
+            except AWAY as error:
+                self.ready = False
+                await self._unless_draining(asyncio.sleep(backoff.failed(error)))
+            else:
+                backoff.worked()
+
+    async def _open(self) -> None:
+        """Before the first take and after an outage: a fit server, a group, and our leases renewed before we look."""
+        await self._broker.check()
+        await self._broker.ensure(self.model)
+        await self._renew()
+        self.ready = True
+
+    async def _unless_draining(self, wait: Awaitable[Any]) -> None:
+        """Await `wait`, the drain, or a second and a half, whichever is first."""
+        waits = [asyncio.ensure_future(wait), asyncio.ensure_future(self.draining.wait())]
+        done, pending = await asyncio.wait(waits, timeout=WAIT_MS * 1.5e-3, return_when=asyncio.FIRST_COMPLETED)
+        for late in pending:
+            late.cancel()
+            with suppress(asyncio.CancelledError, *AWAY):
+                await late
+        for over in done:
+            over.result()
+
+    def _receive(self, delivery: Delivery) -> None:
+        if earlier := self.hand.get(delivery.entry):
+            self.engine.withdraw([earlier.delivery.attempt])
+        left_s = (delivery.deadline_ms - delivery.taken_ms) / 1000
+        self.hand[delivery.entry] = Held(delivery, time.monotonic() + max(0.0, left_s) + self._settings.lease_s)
+        if delivery.deliveries > self._settings.max_deliveries:
+            failure = Failure(JobFailed.code, f"given up after {delivery.deliveries - 1} deliveries")
+            self._spawn(self.finish(Finished(delivery, "failed", failure=failure)))
+            return
+        self.engine.offer(delivery)
+        self._wake()
+
+    async def beat(self) -> None:
+        """Renew leases every third of one, but only while ticks progress: a hung engine loses its jobs."""
+        backoff = Backoff(f"heartbeat of {self.model} jobs")
+        while wanted():
+            await asyncio.sleep(self._settings.lease_s / 3)
+            self._look_at_engine()
+            try:
+                await self._renew()
+            except AWAY as error:
+                backoff.failed(error)
+            else:
+                backoff.worked()
+
+    async def _renew(self) -> None:
+        asked = dict(self.hand)
+        if asked and not self.stalled:
+            lost = await self._broker.heartbeat(self.model, self._worker, list(asked))
+            self._lose([asked[entry].delivery for entry in lost])
+
+    def _look_at_engine(self) -> None:
+        ticks = self.engine.ticks
+        stalled = ticks == self._ticks_seen and not self.engine.idle()
+        if stalled != self.stalled:
+            log.log(
+                logging.ERROR if stalled else logging.INFO,
+                "no tick since the last heartbeat, leases lapse" if stalled else "ticks progress again",
+                extra={"model": self.model, "jobs": len(self.hand)},
+            )
+        self._ticks_seen, self.stalled = ticks, stalled
+
+    def _lose(self, deliveries: list[Delivery]) -> None:
+        """Drop jobs whose lease went to somebody else; one that was finished meanwhile is no loss."""
+        lost = [d for d in deliveries if self._put_down(d)]
+        if lost:
+            log.warning("leases lost", extra={"model": self.model, "jobs": [d.job.id for d in lost]})
+            self.engine.withdraw([d.attempt for d in lost])
+
+    def _put_down(self, delivery: Delivery) -> bool:
+        held = self.hand.get(delivery.entry)
+        if held is None or held.delivery is not delivery:
+            return False
+        del self.hand[delivery.entry]
+        self._put_down_one.set()
+        return True
+
+    async def finish(self, done: Finished) -> None:
+        """Encode and store an answer, put the job down, wake its gateway."""
+        held = self.hand.get(done.delivery.entry)
+        useful_until = held.useful_until if held else time.monotonic() + self._settings.lease_s
+        try:
+            result = await asyncio.to_thread(to_result, done, self._worker)
+            wrote = await self._store(done, result, useful_until)
+        except Exception as error:
+            log.exception("answer cannot be written", extra={"model": self.model, "job": done.delivery.job.id})
+            result = failed_result(done, self._worker, f"encode: {type(error).__name__}: {error}")
+            wrote = await self._store(done, result, useful_until)
+        self._put_down(done.delivery)
+        if wrote:
+            record(self._metrics, self.model, result, done)
+            await self._notify(done, result)
+
+    async def _store(self, done: Finished, result: Result, useful_until: float) -> bool:
+        ttl_s = self._settings.result_ttl_s
+        wrote = await self._retry(
+            "finishing a job",
+            lambda: self._broker.finish(self.model, done.delivery, result, ttl_s),
+            lambda: min(useful_until, self._give_up_at),
+        )
+        fields = {"model": self.model, "job": result.id, "outcome": result.outcome, "run_s": result.run_s}
+        if wrote is None:
+            log.error("answer not stored, left to redelivery", extra=fields)
+        else:
+            log.info("job finished" if wrote else "job was finished by another", extra=fields)
+        return bool(wrote)
+
+    async def _notify(self, done: Finished, result: Result) -> None:
+        """Wake the gateway; it looks by itself every few seconds, so giving up costs delay only."""
+        until = time.monotonic() + NOTIFY_S
+        await self._retry(
+            "waking a gateway",
+            lambda: self._broker.notify(done.delivery.job.reply_to, result.id, result.outcome),
+            lambda: min(until, self._give_up_at),
+        )
+
+    async def _retry(self, what: str, call: Callable[[], Awaitable[T]], until: Callable[[], float]) -> T | None:
+        """`call` until it works; None when it did not by `until` (monotonic seconds; it may move)."""
+        backoff = Backoff(what)
+        while True:
+            try:
+                value = await call()
+            except AWAY as error:
+                if time.monotonic() >= until():
+                    return None
+                await asyncio.sleep(backoff.failed(error))
+            else:
+                backoff.worked()
+                return value
