@@ -113,6 +113,14 @@ def redis() -> None:
     raise SystemExit(f"offramp: the server died; see {server.data_dir / 'server.log'}")
 
 
+@app.command()
+def demo(out: Path = Path("offramp-demo.png")) -> None:
+    """Start everything, sample at two gears, classify shipped images, stop everything."""
+    from service.demo import run
+
+    run(out.resolve())
+
+
 @app.command("version")
 def show_version() -> None:
     """Print the versions of what matters."""

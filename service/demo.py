@@ -44,7 +44,7 @@ def service(data_dir: Path) -> Iterator[str]:
         "OFFRAMP_DATA_DIR": str(data_dir),
     }
     with (data_dir / "up.log").open("wb") as log:
-        up = subprocess.Popen([sys.executable, "-m", "service.cli", "up"], env=env, stdout=log, stderr=log)
+        up = subprocess.Popen([sys.executable, "-P", "-m", "service.cli", "up"], env=env, stdout=log, stderr=log)
         try:
             url = f"http://127.0.0.1:{port}"
             wait_ready(url, up, data_dir / "up.log")

@@ -67,7 +67,7 @@ def uniform_grid(steps: int) -> NDArray[np.float64]:
     """Times (steps + 1,), from 1 down to 0 in equal steps."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    return np.linspace(1.0, 0.0, steps + 1)
+    return 1.0 - np.arange(steps + 1) / steps
 
 
 def fill(rows: list[dict[str, float]]) -> Table:

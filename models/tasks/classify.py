@@ -17,14 +17,15 @@ from models.api import ClassifiedRow, ClassifyWork, ModelInfo, StepStats
 from models.registry import METHODS, resolve
 from models.store import read_config
 from models.tasks.classifier import Classifier, load_classifier, to_pixels
+from models.tasks.device import pick_device
 from models.tasks.methods import Method
 
 
 class ClassifyTask:
     """A classifier and its pool of `capacity` slots; see models.api.Task for the contract."""
 
-    def __init__(self, info: ModelInfo, classifier: Classifier, capacity: int, device: str) -> None:
-        self.info, self.capacity, self.device = info, capacity, torch.device(device)
+    def __init__(self, info: ModelInfo, classifier: Classifier, capacity: int, device: torch.device) -> None:
+        self.info, self.capacity, self.device = info, capacity, device
         self.source = classifier.members[0]
         self.methods: dict[str, Method] = {name: resolve(METHODS, name)(classifier) for name in info.methods}
         height, width, channels = info.image
@@ -90,9 +91,9 @@ def load(folder: Path, slots: int, device: str) -> ClassifyTask:
     """An ensemble folder, with the bridge beside it, as a Task with `slots` slots."""
     classifier = load_classifier(folder)
     costs = classifier.costs()
-    config = read_config(folder, "ensemble")
+    config, where = read_config(folder, "ensemble"), pick_device(device)
     for network in [*classifier.members, *([classifier.bridge.network] if classifier.bridge else [])]:
-        network.to(device)
+        network.to(where)
     calls = {"single": 1, "ensemble": len(classifier.members)}
     if classifier.bridge is not None:
         calls["bridge"] = 1 + classifier.bridge.evaluations
@@ -109,4 +110,4 @@ def load(folder: Path, slots: int, device: str) -> ClassifyTask:
         calls=calls,
         default_method="bridge" if classifier.bridge else "single",
     )
-    return ClassifyTask(info, classifier, slots, device)
+    return ClassifyTask(info, classifier, slots, where)

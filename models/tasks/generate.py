@@ -22,6 +22,7 @@ from models.solvers.kernel import update
 from models.solvers.noise import normal
 from models.solvers.table import FIELDS, INDEX, Process, uniform_grid
 from models.store import read_config, read_tensors, weights_digest
+from models.tasks.device import pick_device
 from models.tasks.gears import read_gears
 
 CONDITION_BLOCK = 8
@@ -31,9 +32,9 @@ MAX_STEPS = 1000
 class GenerateTask:
     """A generator and its pool of `capacity` slots; see models.api.Task for the contract."""
 
-    def __init__(self, info: ModelInfo, model: DiT, process: Process, capacity: int, device: str) -> None:
+    def __init__(self, info: ModelInfo, model: DiT, process: Process, capacity: int, device: torch.device) -> None:
         self.info, self.model, self.process, self.capacity = info, model, process, capacity
-        self.device = torch.device(device)
+        self.device = device
         self.gears = {gear.name: gear for gear in info.gears}
         pool = (capacity, *model.row_shape)
         self.x, self.s, self.h1, self.h2 = (torch.zeros(pool, device=self.device) for _ in range(4))
@@ -182,7 +183,7 @@ class GenerateTask:
             "exit_depths": list(exits[0]) if len(exits) == 1 else [list(r.exit_depths) for r in rows],
             "layer_evals": ran,
             "layer_evals_full": whole,
-            "compute_saved": 1.0 - ran / whole,
+            "compute_saved": (whole - ran) / whole,
         }
 
 
@@ -213,5 +214,6 @@ def load(folder: Path, slots: int, device: str) -> GenerateTask:
         gears=gears,
         default_gear=default,
     )
+    where = pick_device(device)
     process = Process(**config["process"])  # type: ignore[arg-type]
-    return GenerateTask(info, model.to(device), process, slots, device)
+    return GenerateTask(info, model.to(where), process, slots, where)

@@ -61,7 +61,7 @@ def run(settings: Settings) -> int:
     io = WorkerIO(settings.redis_url, worker, engines, settings, metrics, wake.set)
     io.start()
     log.info("serving", extra={"worker": worker, "models": ",".join(engine.name for engine in engines)})
-    _loop(engines, io, stop, wake)
+    loop(engines, io, stop, wake)
     if io.error is not None:
         log.error("worker broken, entries are left to redelivery", exc_info=io.error)
         return 1
@@ -69,7 +69,7 @@ def run(settings: Settings) -> int:
     return 0
 
 
-def _loop(engines: Sequence[Engine], io: WorkerIO, stop: Stop, wake: threading.Event) -> None:
+def loop(engines: Sequence[Engine], io: WorkerIO, stop: Stop, wake: threading.Event) -> None:
     """One tick for each engine that has work, in turn, until the io thread has ended."""
     draining = False
     while io.alive():

@@ -25,7 +25,7 @@ def task():
         if not p.any():
             torch.nn.init.normal_(p, std=0.1)
     info = ModelInfo("toy", "generate", ("a", "b", "c"), (28, 28, 1), "w", depth=4, gears=GEARS, default_gear="eco")
-    return GenerateTask(info, model, Process(clip=1.0), 16, "cpu")
+    return GenerateTask(info, model, Process(clip=1.0), 16, torch.device("cpu"))
 
 
 def work(**changes):

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from service.metrics import WorkerMetrics
+from service.protocol import Job
+from service.worker.engine import Engine, Finished
+from service.worker.rate import DrainRate
+from tests.service.worker.toy import BAD_ADMIT, BAD_COLLECT, BAD_STEP, ToyClassify, ToyGenerate, pixels
+from tests.service.worker.work import delivery, draw, judge
+
+
+class Clock:
+    """Seconds that pass when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make(task: ToyGenerate | ToyClassify, clock: Clock | None = None) -> Engine:
+    metrics = WorkerMetrics()
+    metrics.declare(task.info, "cpu")
+    return Engine(task, metrics, clock or Clock())
+
+
+def run(engine: Engine, *jobs: Job) -> dict[str, Finished]:
+    for job in jobs:
+        engine.offer(delivery(job))
+    over: dict[str, Finished] = {}
+    for _ in range(200):
+        for done in engine.tick():
+            assert done.delivery.job.id not in over
+            over[done.delivery.job.id] = done
+        if engine.idle():
+            return over
+    raise AssertionError("never idle")
+
+
+def sample(engine: Engine, name: str, **labels: str) -> float:
+    value = engine._metrics.registry.get_sample_value(name, {"model": engine.name, **labels})
+    assert value is not None, name
+    return value
+
+
+def test_rows_of_many_jobs_share_batches_and_come_back_whole() -> None:
+    task = ToyGenerate(capacity=6)
+    engine = make(task)
+    jobs = [draw(rows=n, steps=n + 1, seed=10 * n) for n in (1, 2, 3)]
+    over = run(engine, *jobs)
+    for job in jobs:
+        done = over[job.id]
+        assert done.outcome == "ok"
+        assert [row.seed for row in done.rows] == list(job.work.seeds)
+        for row in done.rows:
+            np.testing.assert_array_equal(row.pixels, pixels(row.seed, job.work.steps))
+        assert done.receipt["layer_evals"] == job.cost
+    assert max(len(batch) for batch in task.batches) == 6
+    assert sample(engine, "offramp_mixed_ticks_total") == 3
+    assert sample(engine, "offramp_layer_evals_total", kind="run") == sum(job.cost for job in jobs)
+    assert sample(engine, "offramp_tick_duration_seconds_count") == engine.ticks
+    assert sample(engine, "offramp_run_seconds_count") == 3
+    assert sample(engine, "offramp_queue_wait_seconds_count") == 3
+
+
+def test_job_larger_than_the_pool_is_answered() -> None:
+    engine = make(ToyGenerate(capacity=2))
+    [done] = run(engine, job := draw(rows=5, seed=3)).values()
+    assert [row.seed for row in done.rows] == list(job.work.seeds)
+
+
+def test_rows_without_evaluations_are_answered_in_one_tick() -> None:
+    engine = make(ToyClassify())
+    engine.offer(delivery(judge((b"\0", b"\1"))))
+    [done] = engine.tick()
+    assert [row.probabilities for row in done.rows] == [(1.0, 0.0), (0.0, 1.0)]
+    assert sample(engine, "offramp_tick_duration_seconds_count") == 1
+    assert sample(engine, "offramp_batch_rows_sum") == 2
+
+
+def test_new_job_joins_at_the_next_tick() -> None:
+    task = ToyGenerate(capacity=4)
+    engine = make(task)
+    engine.offer(delivery(draw(steps=5)))
+    engine.tick()
+    engine.offer(delivery(draw(steps=5, seed=50)))
+    engine.tick()
+    assert [len(batch) for batch in task.batches] == [1, 2]
+
+
+@pytest.mark.parametrize(("label", "verb"), [(BAD_ADMIT, "admit"), (BAD_COLLECT, "collect")])
+def test_failure_of_one_job_leaves_the_others_alone(label: int, verb: str) -> None:
+    engine = make(ToyGenerate())
+    bad, good = draw(rows=2, label=label), draw(rows=2, seed=70)
+    over = run(engine, bad, good)
+    assert over[good.id].outcome == "ok"
+    failure = over[bad.id].failure
+    assert failure is not None
+    assert (over[bad.id].outcome, failure.code, failure.message) == ("failed", "job_failed", f"{verb}: Trouble: {verb}")
+
+
+def test_failing_batch_fails_its_jobs_and_the_loop_goes_on() -> None:
+    engine = make(ToyGenerate())
+    bad, beside, later = draw(label=BAD_STEP), draw(), draw(rows=4, seed=9)
+    over = run(engine, bad, beside)
+    assert [over[job.id].outcome for job in (bad, beside)] == ["failed", "failed"]
+    assert engine.free_rows() == 4
+    assert run(engine, later)[later.id].outcome == "ok"
+
+
+def test_expired_job_costs_no_step() -> None:
+    task = ToyGenerate()
+    engine = make(task)
+    engine.offer(delivery(draw(), budget_ms=0))
+    [done] = engine.tick()
+    assert done.outcome == "expired"
+    assert done.failure is not None
+    assert (done.failure.code, done.failure.retryable) == ("deadline_exceeded", True)
+    assert task.rows == {}
+    assert task.batches == []
+    assert engine.idle()
+
+
+def test_running_job_expires_and_frees_its_slots() -> None:
+    clock = Clock()
+    engine = make(ToyGenerate(capacity=2), clock)
+    engine.offer(delivery(draw(rows=2, steps=50), budget_ms=1000))
+    assert engine.tick() == []
+    clock.now += 1.0
+    [done] = engine.tick()
+    assert done.outcome == "expired"
+    assert (engine.free_rows(), engine.idle()) == (2, True)
+
+
+def test_withdrawn_job_is_never_answered() -> None:
+    task = ToyGenerate(capacity=2)
+    engine = make(task)
+    lost, kept = delivery(draw(rows=2, steps=5)), delivery(draw(rows=2, seed=40))
+    engine.offer(lost)
+    engine.tick()
+    engine.withdraw([lost.attempt])
+    engine.offer(kept)
+    over = [done for _ in range(10) for done in engine.tick()]
+    assert [done.delivery for done in over] == [kept]
+    assert sum(seed < 2 for seed, _ in task.evaluated) == 2
+
+
+def test_free_rows_fall_when_a_job_is_offered_and_rise_when_it_is_over() -> None:
+    engine = make(ToyGenerate(capacity=4))
+    assert (engine.free_rows(), engine.idle()) == (4, True)
+    engine.offer(delivery(draw(rows=3, steps=1)))
+    assert (engine.free_rows(), engine.idle()) == (1, False)
+    engine.tick()
+    assert (engine.free_rows(), engine.idle()) == (4, True)
+
+
+def test_queue_time_includes_the_time_before_it_was_taken() -> None:
+    clock = Clock()
+    engine = make(ToyGenerate(capacity=1), clock)
+    engine.offer(delivery(draw(steps=2), waited_ms=500))
+    engine.tick()
+    clock.now += 2.0
+    [done] = engine.tick()
+    assert (done.queue_s, done.run_s) == (0.5, 2.0)
+
+
+def test_redelivery_is_counted() -> None:
+    engine = make(ToyGenerate())
+    engine.offer(delivery(draw(), deliveries=2))
+    engine.tick()
+    assert sample(engine, "offramp_redeliveries_total") == 1
+
+
+def test_drain_rate_follows_recent_work() -> None:
+    rate = DrainRate(memory_s=10.0)
+    assert rate.per_second() == 0.0
+    for _ in range(50):
+        rate.add(100.0, 1.0)
+    assert rate.per_second() == pytest.approx(100.0)
+    for _ in range(50):
+        rate.add(10.0, 1.0)
+    assert 10.0 < rate.per_second() < 12.0

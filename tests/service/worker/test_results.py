@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+from models.api import ClassifiedRow, GeneratedRow
+from service.metrics import WorkerMetrics
+from service.protocol import Result, decode, encode
+from service.worker.engine import Finished
+from service.worker.results import encode_image, record, to_result
+from tests.service.worker.toy import ToyClassify, ToyGenerate
+from tests.service.worker.work import delivery, draw, judge
+
+pictures = st.tuples(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 3])).flatmap(
+    lambda shape: arrays(np.uint8, shape)
+)
+
+
+@given(pictures, st.sampled_from(["png", "webp", "npy"]))
+def test_every_format_gives_the_pixels_back(pixels: np.ndarray, format: str) -> None:
+    data = io.BytesIO(encode_image(pixels, format))
+    back = np.load(data, allow_pickle=False) if format == "npy" else np.asarray(Image.open(data))
+    grey_as_colour = format == "webp" and pixels.shape[2] == 1
+    expected = np.repeat(pixels, 3, axis=2) if grey_as_colour else pixels
+    np.testing.assert_array_equal(back.reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize(
+    "pixels", [np.zeros((2, 2, 1)), np.zeros((2, 2), np.uint8), np.zeros((2, 2, 4), np.uint8)], ids=str
+)
+def test_other_pixels_are_refused(pixels: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        encode_image(pixels, "png")
+
+
+def test_unknown_format_is_refused() -> None:
+    with pytest.raises(ValueError, match="bmp"):
+        encode_image(np.zeros((2, 2, 1), np.uint8), "bmp")
+
+
+def test_answers_survive_the_wire_and_are_counted() -> None:
+    metrics = WorkerMetrics()
+    for task in (ToyGenerate(), ToyClassify()):
+        metrics.declare(task.info, "cpu")
+    row = GeneratedRow(np.zeros((2, 2, 1), np.uint8), 3, 5, (4,), 4, 4)
+    drawn = Finished(delivery(draw(rows=2, format="png")), "ok", rows=(row, row), receipt={"gear": "full"}, run_s=0.5)
+    judged = Finished(
+        delivery(judge()),
+        "ok",
+        rows=(ClassifiedRow((0.25, 0.75), {"entropy": 0.5, "disagreement_source_vs_estimate": 0.1}),),
+    )
+    for model, done in (("toy", drawn), ("judge", judged)):
+        result = to_result(done, "w")
+        assert decode(Result, encode(result)) == result
+        record(metrics, model, result, done)
+    assert to_result(drawn, "w").images[0].seed == 5
+    assert to_result(judged, "w").predictions[0].probabilities == (0.25, 0.75)
+
+    def value(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(name, labels)
+
+    assert value("offramp_images_total", model="toy", mode="full") == 2
+    assert value("offramp_images_total", model="judge", mode="single") == 1
+    assert value("offramp_jobs_total", model="judge", outcome="ok") == 1
+    assert value("offramp_predictive_entropy_nats_sum", model="judge", method="single") == 0.5
+    assert value("offramp_disagreement_nats_sum", model="judge", method="single") == 0.1
