@@ -6,7 +6,9 @@ u = (Z_tau - Z_0) / tau, the well-scaled form of the paper's target.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -75,6 +77,12 @@ class BridgeNetwork(nn.Module):
             nn.init.zeros_(table.weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.fc.weight)
         nn.init.zeros_(self.fc.bias)
+
+    @classmethod
+    def from_config(cls, network: Mapping[str, Any]) -> Self:
+        """Build from the `network` table of a config.json."""
+        shape: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in network.items()}
+        return cls(BridgeConfig(**shape))
 
     def forward(self, tap: Tensor, z: Tensor, step: Tensor) -> Tensor:
         """tap (N, C, H, W), z (N, K) centred logits, step (N,) int64 in 1..T -> u (N, K)."""

@@ -8,8 +8,9 @@ number of blocks and goes through the shared, unchanged head.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,11 @@ class DiT(nn.Module):
         nn.init.normal_(self.labels.weight, std=0.02)
         for zero in [*self.modulation, self.head_modulation, self.head]:
             nn.init.zeros_(zero.weight)
+
+    @classmethod
+    def from_config(cls, network: Mapping[str, Any]) -> Self:
+        """Build from the `network` table of a config.json."""
+        return cls(DiTConfig(**network))
 
     @property
     def depth(self) -> int:

@@ -6,7 +6,9 @@ the first residual block, as in Kim et al., "Fast Ensembling with Diffusion Schr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -64,6 +66,11 @@ class ResNet(nn.Module):
                 inputs = outputs
         self.first, self.rest = layers[0], nn.Sequential(*layers[1:])
         self.fc = nn.Linear(inputs, c.classes)
+
+    @classmethod
+    def from_config(cls, network: Mapping[str, Any]) -> Self:
+        """Build from the `network` table of a config.json."""
+        return cls(ResNetConfig(**network))
 
     def tap(self, x: Tensor) -> Tensor:
         """Pixels (N, C, H, W) in [0, 1] -> first block's output (N, width, H', W')."""

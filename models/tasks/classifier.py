@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.backbones.bridge import BridgeConfig, BridgeNetwork
+from models.backbones.bridge import BridgeNetwork
 from models.backbones.macs import count_macs
-from models.backbones.resnet import ResNet, ResNetConfig
+from models.backbones.resnet import ResNet
+from models.registry import BACKBONES, resolve
 from models.store import StoreError, model_folders, read_config, read_tensors, weights_digest
 
 
@@ -61,7 +62,7 @@ def load_members(folder: Path) -> list[ResNet]:
     config = read_config(folder, "ensemble")
     members = []
     for name in config["members"]:
-        member = ResNet(ResNetConfig(**config["network"]))
+        member: ResNet = resolve(BACKBONES, config["backbone"]).from_config(config["network"])
         member.load_state_dict(read_tensors(folder, name, config["files"]))
         members.append(member.eval().requires_grad_(False))
     return members
@@ -70,8 +71,7 @@ def load_members(folder: Path) -> list[ResNet]:
 def load_bridge_network(folder: Path, config: dict[str, Any], name: str) -> BridgeNetwork:
     """One network of a bridge folder, eval mode, float32. A regressor is a bridge with one step."""
     steps = config["network"]["steps"] if name.startswith("bridge") else 1
-    shape: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["network"].items()}
-    network = BridgeNetwork(BridgeConfig(**{**shape, "steps": steps}))
+    network: BridgeNetwork = resolve(BACKBONES, config["backbone"]).from_config(config["network"] | {"steps": steps})
     network.load_state_dict(read_tensors(folder, name, config["files"]))
     return network.eval().requires_grad_(False)
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from models.api import GeneratedRow, GenerateWork, ModelInfo, StepStats, planned_layer_evals
-from models.backbones.dit import DiT, DiTConfig
+from models.backbones.dit import DiT
 from models.exits.plan import check, plan
-from models.registry import SOLVERS, resolve
+from models.registry import BACKBONES, SOLVERS, resolve
 from models.solvers.kernel import update
 from models.solvers.noise import normal
 from models.solvers.table import FIELDS, INDEX, Process, uniform_grid
@@ -190,7 +190,7 @@ class GenerateTask:
 def load_model(folder: Path) -> tuple[DiT, dict[str, object], str]:
     """The network of a generator folder (eval mode, float32), its config and weights digest."""
     config = read_config(folder, "generator")
-    model = DiT(DiTConfig(**config["network"]))
+    model: DiT = resolve(BACKBONES, config["backbone"]).from_config(config["network"])
     for name in config["files"]:
         model.load_state_dict(read_tensors(folder, name, config["files"]))
     return model.eval().requires_grad_(False), config, weights_digest(config["files"])
