@@ -7,6 +7,10 @@ distance of as many random training images.
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +25,12 @@ from models.backbones.resnet import ResNet
 from models.evaluation.classify import measure_times
 from models.evaluation.metrics import frechet, frechet_interval, moments
 from models.tasks.classifier import load_members, to_pixels
+from models.tasks.gears import read_gears
 from models.tasks.generate import GenerateTask, load
 from models.training.data import Images, Splits
 
 Floats = NDArray[np.float64]
+POOL = 50
 
 
 @dataclass(frozen=True)
@@ -65,15 +71,31 @@ def run_work(task: GenerateTask, work: GenerateWork) -> tuple[Images, int]:
     return np.stack([row.pixels for row in rows]), sum(row.layer_evals for row in rows)
 
 
-def draw(task: GenerateTask, gear: Gear, n: int, seed: int) -> tuple[Images, float]:
-    """`n` label-balanced images in pool-sized jobs, and layer evaluations per image."""
-    images, layer_evals = [], 0
-    for first in range(0, n, task.capacity):
-        part, ran = run_work(task, balanced_work(task, gear, first, min(task.capacity, n - first), seed))
-        images.append(part)
-        layer_evals += ran
-        print(f"{gear.name}: {first + len(part)}/{n}", end="\r", flush=True)
-    return np.concatenate(images), layer_evals / n
+def draw(folder: Path, n: int, seed: int) -> dict[str, tuple[Images, float]]:
+    """`n` label-balanced images of every gear in pool-sized jobs, and layer evaluations per image.
+
+    One single-threaded engine per core: cores that share every matmul wait for each other.
+    """
+    local = threading.local()
+
+    def job(gear: Gear, first: int) -> tuple[Images, int]:
+        if not hasattr(local, "task"):
+            torch.set_num_threads(1)
+            local.task = load(folder, POOL, "cpu")
+        return run_work(local.task, balanced_work(local.task, gear, first, min(POOL, n - first), seed))
+
+    threads, drawn = torch.get_num_threads(), {}
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for gear in read_gears(folder)[0]:
+                parts = []
+                for part in pool.map(partial(job, gear), range(0, n, POOL)):
+                    parts.append(part)
+                    print(f"{gear.name}: {min(n, POOL * len(parts))}/{n}", file=sys.stderr, flush=True)
+                drawn[gear.name] = np.concatenate([p for p, _ in parts]), sum(ran for _, ran in parts) / n
+    finally:
+        torch.set_num_threads(threads)
+    return drawn
 
 
 @torch.inference_mode()
@@ -94,10 +116,9 @@ def agreement(judges: list[ResNet], images: Images, labels: NDArray[np.int64]) -
     return right / len(images)
 
 
-def time_gears(folder: Path, gears: tuple[Gear, ...], batch: int) -> dict[str, float]:
-    """Measured time of each gear relative to `full`, one job of `batch` images, alternating."""
-    task = load(folder, batch, "cpu")
-    jobs = {gear.name: balanced_work(task, gear, 0, batch, 0) for gear in gears}
+def time_gears(task: GenerateTask) -> dict[str, float]:
+    """Measured time of each gear relative to `full`, one job that fills the pool, alternating."""
+    jobs = {gear.name: balanced_work(task, gear, 0, task.capacity, 0) for gear in task.info.gears}
     seconds = measure_times({name: partial(run_work, task, work) for name, work in jobs.items()})
     return {name: value / seconds["full"] for name, value in seconds.items()}
 
@@ -108,9 +129,9 @@ def evaluate(folder: Path, judge_folder: Path, splits: Splits, n: int, seed: int
     reference = moments(features(judges[0], splits.test.images))
     random = np.random.default_rng(seed).choice(len(splits.train), n, replace=False)
     real = features(judges[0], splits.train.images[random])
-    task = load(folder, 100, "cpu")
-    times = time_gears(folder, task.info.gears, batch)
-    drawn = {gear.name: draw(task, gear, n, seed) for gear in task.info.gears}
+    drawn = draw(folder, n, seed)
+    task = load(folder, batch, "cpu")
+    times = time_gears(task)
     labels = np.arange(n) % len(task.info.labels)
     scores = []
     for gear in task.info.gears:

@@ -7,7 +7,6 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -134,13 +133,14 @@ class Lane:
     async def _unless_draining(self, wait: Awaitable[Any]) -> None:
         """Await `wait`, the drain, or a second and a half, whichever is first."""
         waits = [asyncio.ensure_future(wait), asyncio.ensure_future(self.draining.wait())]
-        done, pending = await asyncio.wait(waits, timeout=WAIT_MS * 1.5e-3, return_when=asyncio.FIRST_COMPLETED)
-        for late in pending:
-            late.cancel()
-            with suppress(asyncio.CancelledError, *AWAY):
-                await late
-        for over in done:
-            over.result()
+        try:
+            await asyncio.wait(waits, timeout=WAIT_MS * 1.5e-3, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in waits:
+                one.cancel()
+            outcome, _ = await asyncio.gather(*waits, return_exceptions=True)
+        if isinstance(outcome, Exception):
+            raise outcome
 
     def _receive(self, delivery: Delivery) -> None:
         if earlier := self.hand.get(delivery.entry):

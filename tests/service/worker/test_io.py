@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -220,8 +220,8 @@ async def test_server_that_is_killed_and_comes_back_loses_nothing(tmp_path: Path
         server.stop()
 
 
-@contextmanager
-def hand_cranked(broker: Broker, task: ToyGenerate, lease_s: float = 1.0) -> Iterator[SimpleNamespace]:
+@asynccontextmanager
+async def hand_cranked(broker: Broker, task: ToyGenerate, lease_s: float = 1.0) -> AsyncIterator[SimpleNamespace]:
     """A lane whose engine ticks only when the test says so."""
     metrics = WorkerMetrics()
     metrics.declare(task.info, "cpu")
@@ -237,12 +237,13 @@ def hand_cranked(broker: Broker, task: ToyGenerate, lease_s: float = 1.0) -> Ite
     yield SimpleNamespace(engine=engine, lane=lane, running=running)
     for one in running:
         one.cancel()
+    await asyncio.wait(running)
 
 
 async def test_hung_engine_loses_its_lease_and_drops_the_job(broker: Broker, valkey_url: str, model: str) -> None:
     job = await submit(broker, draw(steps=1, model=model))
     other = Broker(valkey_url)
-    with hand_cranked(broker, ToyGenerate(model)) as worker:
+    async with hand_cranked(broker, ToyGenerate(model)) as worker:
 
         async def held() -> bool:
             return bool(worker.lane.hand)
@@ -270,7 +271,7 @@ async def _tick_without_finishing(worker: SimpleNamespace) -> bool:
 async def test_heartbeat_keeps_the_lease_of_an_engine_that_ticks(broker: Broker, valkey_url: str, model: str) -> None:
     await submit(broker, draw(steps=10_000, model=model))
     other = Broker(valkey_url)
-    with hand_cranked(broker, ToyGenerate(model)) as worker:
+    async with hand_cranked(broker, ToyGenerate(model)) as worker:
         end = time.monotonic() + 2.5
         while time.monotonic() < end:
             worker.engine.tick()
