@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 from hypothesis import settings
 
 from service.broker.embedded import Embedded
+
+# Tests and the services that they start share few cores: threads of one matmul that wait for each other waste them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("offramp", deadline=None)
 settings.load_profile("offramp")
