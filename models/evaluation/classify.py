@@ -32,6 +32,7 @@ from models.training.data import Images, Split, Splits
 from models.uncertainty.scores import fit_temperature, log_softmax, mean_log_probability, nll, soften
 
 Floats = NDArray[np.float64]
+WORTH_MORE_STEPS = 0.002  # nats of validation NLL that a bridge must gain to be served with all its steps
 
 
 @dataclass(frozen=True)
@@ -79,28 +80,23 @@ def member_log_probabilities(members: list[ResNet], split: Split) -> Floats:
 
 
 @torch.inference_mode()
-def bridge_log_probabilities(
-    source: ResNet, network: BridgeNetwork, split: Split, evaluations: int, softening: float
-) -> Floats:
+def bridge_log_probabilities(source: ResNet, network: BridgeNetwork, split: Split, evaluations: int) -> Floats:
     """(N, K) float64 log probabilities of a bridge on the source's tap."""
     parts = []
     for i in range(0, len(split), 1000):
         tap = source.tap(to_pixels(split.images[i : i + 1000]))
         logits = source.fc(source.features(tap))
-        parts.append(run_bridge(network, tap, logits, evaluations, softening).double().numpy())
+        parts.append(run_bridge(network, tap, logits, evaluations, TEMPERATURE).double().numpy())
     return log_softmax(np.concatenate(parts))
 
 
-def variants(networks: dict[str, nn.Module]) -> dict[str, tuple[BridgeNetwork, int, float]]:
-    """Ways to run each network: bridges at T and at one evaluation, regressors at one, unsoftened."""
-    ways: dict[str, tuple[BridgeNetwork, int, float]] = {}
+def variants(networks: dict[str, nn.Module]) -> dict[str, tuple[BridgeNetwork, int]]:
+    """Ways to run each network: at one evaluation and, when it has more steps, at all of them."""
+    ways: dict[str, tuple[BridgeNetwork, int]] = {}
     for name, network in networks.items():
         assert isinstance(network, BridgeNetwork)
-        if name.startswith("regressor"):
-            ways[f"{name} x1"] = network, 1, 1.0
-        else:
-            for evaluations in sorted({1, network.config.steps}):
-                ways[f"{name} x{evaluations}"] = network, evaluations, TEMPERATURE
+        for evaluations in sorted({1, network.config.steps}):
+            ways[f"{name} x{evaluations}"] = network, evaluations
     return ways
 
 
@@ -113,22 +109,25 @@ class Chosen:
 
 
 def choose_bridge(networks: dict[str, nn.Module], ensemble: Path, selection: Split) -> Chosen:
-    """Pick the bridge and its evaluations by calibrated NLL on validation.
+    """Pick the bridge by calibrated NLL on validation; one evaluation unless all its steps are worth their cost.
 
     Candidates are what a folder can serve: `bridge-<seed>`; regressors and the logit input are scored beside.
     """
     source = load_members(ensemble)[0]
     scores, temperatures = {}, {}
-    for name, (network, evaluations, softening) in variants(networks).items():
-        log_p = bridge_log_probabilities(source, network, selection, evaluations, softening)
+    for name, (network, evaluations) in variants(networks).items():
+        log_p = bridge_log_probabilities(source, network, selection, evaluations)
         temperatures[name] = fit_temperature(log_p, selection.labels)
         scores[name] = nll(soften(log_p, temperatures[name]), selection.labels)
-    best = min((name for name in scores if name.startswith("bridge")), key=lambda name: scores[name])
-    network, evaluations, softening = variants(networks)[best]
+    best = min((n for n in scores if n.startswith("bridge") and n.endswith("x1")), key=lambda n: scores[n])
+    network, evaluations = variants(networks)[best]
+    whole = best.replace("x1", f"x{network.config.steps}")
+    if scores[best] - scores[whole] > WORTH_MORE_STEPS:
+        best, evaluations = whole, network.config.steps
     config = {
         "serve": f"{best.split(' ')[0]}.safetensors",
         "evaluations": evaluations,
-        "softening": softening,
+        "softening": TEMPERATURE,
         "temperature": temperatures[best],
         "network": vars(network.config),
     }
@@ -243,10 +242,8 @@ def evaluate(ensemble: Path, splits: Splits) -> dict[str, Any]:
         networks: dict[str, nn.Module] = {
             n.removesuffix(".safetensors"): load_bridge_network(beside, config, n) for n in config["files"]
         }
-        for name, (network, evaluations, softening) in variants(networks).items():
-            val, tst = (
-                bridge_log_probabilities(members[0], network, s, evaluations, softening) for s in (selection, test)
-            )
+        for name, (network, evaluations) in variants(networks).items():
+            val, tst = (bridge_log_probabilities(members[0], network, s, evaluations) for s in (selection, test))
             kind = f"{name.split('-')[0]} x{evaluations}"
             rows.setdefault(kind, []).append(score((val, selection.labels), (tst, test.labels)))
     curve = {k: v.cnll for k, v in ensembles.items()}

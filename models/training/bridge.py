@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from models.backbones.bridge import BridgeConfig, BridgeNetwork
 from models.backbones.resnet import ResNet
-from models.bridge.process import sample_between, sample_temperature, source, target
+from models.bridge.process import TEMPERATURE, sample_between, sample_temperature, source, target
 from models.tasks.classifier import to_pixels
 from models.training.data import Images
 from models.training.loop import Optim, Trained, train
@@ -31,7 +31,8 @@ from models.training.members import random_shift
 class BridgeRecipe:
     """`offramp train bridge`. `ensemble` names the model whose member 1 is the source.
 
-    `kind` is bridge (every step n in 1..T trained) or regressor (T = 1, mean squared error, no softening).
+    `passes` over the images make the transfer set: shifted by up to `shift` pixels, a share mixed up.
+    `seeds` bridges are trained, and as many direct regressors beside them.
     """
 
     name: str
@@ -102,14 +103,14 @@ def train_bridge(recipe: BridgeRecipe, cache: Cache, out: Path, seed: int, label
 
 
 def train_regressor(recipe: BridgeRecipe, cache: Cache, out: Path, seed: int, label: str) -> Trained:
-    """The baseline of the same size: Z_0 regressed from tap and source in one shot, squared error."""
+    """The baseline of the same size: Z_0 regressed from tap and softened source in one shot, squared error."""
     torch.manual_seed(seed)
     model = BridgeNetwork(dataclasses.replace(recipe.network, steps=1))
     goal, n = target(cache.logits), recipe.optim.batch
 
     def loss(step: int) -> Tensor:
         rows = torch.randint(len(goal), (n,))
-        z1, one = source(cache.logits[rows, 0], 1.0), torch.ones(n, dtype=torch.int64)
+        z1, one = source(cache.logits[rows, 0], TEMPERATURE), torch.ones(n, dtype=torch.int64)
         estimate = z1 - model(cache.taps[rows].float(), z1, one)
         return (estimate - goal[rows]).square().sum(1).mean()
 

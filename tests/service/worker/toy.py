@@ -93,11 +93,18 @@ class ToyGenerate:
         return planned_layer_evals(FULL, work.steps, work.guidance, work.rows)
 
     def receipt(self, work: GenerateWork, rows: Sequence[GeneratedRow]) -> dict[str, Any]:
+        ran = sum(row.layer_evals for row in rows)
         return {
             "gear": work.gear,
             "solver": work.solver,
             "steps": work.steps,
-            "layer_evals": sum(r.layer_evals for r in rows),
+            "guidance": work.guidance,
+            "overrides": list(work.overrides),
+            "depth": DEPTH,
+            "exit_depths": list(rows[0].exit_depths),
+            "layer_evals": ran,
+            "layer_evals_full": ran,
+            "compute_saved": 0.0,
         }
 
 
