@@ -47,14 +47,19 @@ class GearScore:
     frechet_high: float
 
 
-def balanced_work(task: GenerateTask, gear: Gear, first: int, n: int, seed: int) -> GenerateWork:
-    """`n` images from index `first` of a label-balanced set; image i always has seed + i and label i mod K."""
+def balanced_work(
+    task: GenerateTask, gear: Gear, first: int, n: int, seed: int, steps: int | None = None
+) -> GenerateWork:
+    """`n` images from index `first` of a label-balanced set; image i always has seed + i and label i mod K.
+
+    `steps`: the gear's own when None.
+    """
     indices = range(first, first + n)
     return GenerateWork(
         model=task.info.name,
         labels=tuple(i % len(task.info.labels) for i in indices),
         seeds=tuple(seed + i for i in indices),
-        steps=gear.steps,
+        steps=gear.steps if steps is None else steps,
         solver=gear.solver,
         guidance=gear.guidance,
         gear=gear.name,

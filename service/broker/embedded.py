@@ -12,6 +12,7 @@ import hashlib
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -70,8 +71,10 @@ class Embedded:
 
     def start(self, timeout_s: float = 20.0) -> None:
         """Start, or restart after a death, and wait until the server answers."""
-        self._acquire()
-        self.socket.parent.mkdir(mode=0o700, exist_ok=True)
+        if self.alive():
+            return
+        lock = self._acquire()
+        self._make_socket_folder()
         self.socket.unlink(missing_ok=True)
         with (self.data_dir / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -82,6 +85,7 @@ class Embedded:
                 stderr=log,
                 start_new_session=True,
                 preexec_fn=die_with_parent,
+                pass_fds=(lock.fileno(),),
             )
         deadline = time.monotonic() + timeout_s
         while not self._answers():
@@ -90,9 +94,10 @@ class Embedded:
                 raise Unavailable(f"the embedded server did not start; see {self.data_dir / 'server.log'}")
             time.sleep(0.02)
 
-    def _acquire(self) -> None:
+    def _acquire(self) -> IO[bytes]:
+        """Lock the folder. The server inherits the lock: it holds as long as either lives."""
         if self._lock is not None:
-            return
+            return self._lock
         self.data_dir.mkdir(parents=True, exist_ok=True)
         lock = (self.data_dir / "lock").open("ab")
         try:
@@ -103,6 +108,15 @@ class Embedded:
                 f"{self.data_dir} is in use by another embedded server: stop it, or set OFFRAMP_DATA_DIR"
             ) from None
         self._lock = lock
+        return lock
+
+    def _make_socket_folder(self) -> None:
+        """The folder of the socket has a name that others can guess: refuse one that is not ours alone."""
+        folder = self.socket.parent
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise Unavailable(f"{folder} exists and is not a private folder of this user: remove it")
 
     def _options(self) -> list[str]:
         options = {

@@ -6,36 +6,30 @@ one slot. Lease = pending entry of the consumer group; its idle time is the time
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 from uuid import uuid4
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import BusyLoadingError, ReadOnlyError, ResponseError
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+import msgspec
+from redis.exceptions import ResponseError
 
 from models.api import ModelInfo
 from service.broker import keys
-from service.errors import QueueFull, Unavailable
-from service.protocol import Delivery, Job, Result, decode, decode_info, decode_job, encode
+from service.broker.connection import BLOCK_MS, connect, reachable, refuse_unfit
+from service.errors import JobFailed, QueueFull
+from service.protocol import Delivery, Failure, Job, Result, decode, decode_info, decode_job, encode
 
 LUA = Path(__file__).parent / "lua"
 ALIVE_MS = 15_000
 REPLIES_KEPT = 10_000
 REPLY_TTL_S = 600
-BLOCK_MS = 1_000
+UNREADABLE_TTL_S = 600
 
 log = logging.getLogger(__name__)
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,31 +59,11 @@ class QueueStats:
     workers: int
 
 
-def reachable(call: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
-    """Turn connection trouble into Unavailable."""
-
-    @functools.wraps(call)
-    async def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return await call(*args, **kwargs)
-        except (RedisConnectionError, RedisTimeoutError, BusyLoadingError, ReadOnlyError, OSError) as error:
-            log.debug("redis: %s", error)
-            raise Unavailable(f"Redis does not answer ({type(error).__name__})", retry_after_s=1) from None
-
-    return wrapped
-
-
 class Broker:
     """One process's connection to the queue; `url` is redis://, rediss:// or unix://."""
 
     def __init__(self, url: str) -> None:
-        self._redis: Redis = Redis.from_url(
-            url,
-            socket_timeout=BLOCK_MS / 1000 + 4.0,
-            socket_connect_timeout=2.0,
-            retry=Retry(NoBackoff(), 1),
-            health_check_interval=30,
-        )
+        self._redis = connect(url)
         self._submit, self._take, self._heartbeat, self._finish = (
             self._redis.register_script((LUA / f"{name}.lua").read_text())
             for name in ("submit", "take", "heartbeat", "finish")
@@ -99,15 +73,7 @@ class Broker:
     @reachable
     async def check(self) -> None:
         """Refuse a server that would lose work: too old, or free to evict keys."""
-        info: dict[str, Any] = await self._redis.info()
-        valkey = info.get("valkey_version")
-        version = str(valkey or info["redis_version"])
-        least = (7, 2) if valkey else (6, 2)
-        if tuple(int(part) for part in version.split(".")[:2]) < least:
-            raise Unavailable(f"the server is {version}; Redis >= 6.2 or Valkey >= 7.2 is needed")
-        policy = info.get("maxmemory_policy", "noeviction")
-        if policy != "noeviction":
-            raise Unavailable(f"maxmemory-policy is {policy}: jobs could be evicted; set it to noeviction")
+        refuse_unfit(await self._redis.info())
 
     async def aclose(self) -> None:
         """Close every connection."""
@@ -129,9 +95,10 @@ class Broker:
         return Submitted(entry.decode(), int(backlog))
 
     async def _drain_s(self, model: str, backlog: int) -> int:
-        """Seconds until the backlog has drained at the workers' measured rate, 1..60."""
-        rates = await self._redis.hvals(keys.rates(model))
-        rate = sum(float(r) for r in rates)
+        """Seconds until the backlog has drained at the live workers' measured rates, 1..60; 5 where none is known."""
+        live = set(await self._live(model))
+        rates = await self._redis.hgetall(keys.rates(model))
+        rate = sum(float(value) for worker, value in rates.items() if worker in live)
         return 5 if rate <= 0 else max(1, min(60, math.ceil(backlog / rate)))
 
     @reachable
@@ -158,7 +125,7 @@ class Broker:
     @reachable
     async def live_workers(self, model: str) -> int:
         """Workers of `model` that gave a sign of life lately."""
-        return int(await self._redis.zcount(keys.workers(model), await self._now_ms() - ALIVE_MS, "+inf"))
+        return len(await self._live(model))
 
     @reachable
     async def queue_stats(self, model: str) -> QueueStats:
@@ -185,20 +152,43 @@ class Broker:
     @reachable
     async def take(self, model: str, worker: str, free_rows: int, capacity: int, lease_ms: int) -> Taken:
         """Take jobs that fit `free_rows` of `capacity` slots; leases idle for `lease_ms` come first."""
-        args: list[str | int] = [keys.GROUP, worker, free_rows, capacity, lease_ms, keys.job(model, ""), self._token]
+        args: list[str | int] = [keys.GROUP, worker, free_rows, capacity, lease_ms, self._token]
         try:
-            full, cursor, rows = await self._take(keys=[keys.queue(model)], args=args)
+            full, cursor, rows = await self._take(
+                keys=[keys.queue(model), keys.job(model, ""), keys.backlog(model), keys.ledger(model)], args=args
+            )
         except ResponseError as error:
             if "NOGROUP" not in str(error) and "no such key" not in str(error):
                 raise
             await self.ensure(model)
             return Taken([], False, "0-0")
-        return Taken([_delivery(row) for row in rows], bool(full), cursor.decode())
+        deliveries = [delivery for row in rows if (delivery := await self._open(model, row))]
+        return Taken(deliveries, bool(full), cursor.decode())
+
+    async def _open(self, model: str, row: Sequence[Any]) -> Delivery | None:
+        """The delivery of a row of take.lua; a job that cannot be read ends here as failed."""
+        job_id, entry, deliveries, now, attempt, payload, submitted, deadline = row
+        try:
+            return Delivery(
+                job=decode_job(payload),
+                entry=entry.decode(),
+                attempt=attempt.decode(),
+                deliveries=int(deliveries),
+                submitted_ms=int(submitted),
+                deadline_ms=int(deadline),
+                taken_ms=int(now),
+            )
+        except msgspec.DecodeError as error:
+            log.error("job %s of %s cannot be read: %s", job_id.decode(), model, error)
+        failure = Failure(JobFailed.code, "the worker could not read the job: gateway and worker differ in version?")
+        result = Result(job_id.decode(), "failed", failure=failure)
+        await self._close(model, job_id.decode(), entry.decode(), attempt.decode(), result, UNREADABLE_TTL_S)
+        return None
 
     @reachable
     async def wait(self, model: str, cursor: str, timeout_ms: int) -> None:
-        """Return when the stream has an entry past `cursor`, or after `timeout_ms`. Claims nothing."""
-        await self._redis.xread({keys.queue(model): cursor}, count=1, block=min(timeout_ms, BLOCK_MS))
+        """Return when the stream has an entry past `cursor` or after `timeout_ms`, a second at most; claims nothing."""
+        await self._redis.xread({keys.queue(model): cursor}, count=1, block=max(1, min(timeout_ms, BLOCK_MS)))
 
     @reachable
     async def heartbeat(self, model: str, worker: str, entries: Sequence[str]) -> list[str]:
@@ -210,19 +200,22 @@ class Broker:
 
     @reachable
     async def finish(self, model: str, delivery: Delivery, result: Result, ttl_s: int) -> bool:
-        """Write the result and close the entry; False when somebody wrote one before."""
-        job = delivery.job
-        first = await self._finish(
+        """Write the result and close the entry; False when another was written before, or when a failure comes
+        from a worker that lost the job to another, which goes on with it."""
+        return await self._close(model, delivery.job.id, delivery.entry, delivery.attempt, result, ttl_s)
+
+    async def _close(self, model: str, job_id: str, entry: str, attempt: str, result: Result, ttl_s: int) -> bool:
+        stored = await self._finish(
             keys=[
                 keys.queue(model),
-                keys.job(model, job.id),
-                keys.result(model, job.id),
+                keys.job(model, job_id),
+                keys.result(model, job_id),
                 keys.backlog(model),
                 keys.ledger(model),
             ],
-            args=[keys.GROUP, delivery.entry, result.outcome, encode(result), ttl_s, delivery.attempt],
+            args=[keys.GROUP, entry, result.outcome, encode(result), ttl_s, attempt],
         )
-        return bool(first)
+        return bool(stored)
 
     @reachable
     async def notify(self, reply_to: str, job_id: str, status: str) -> None:
@@ -255,6 +248,11 @@ class Broker:
                 pipe.hdel(keys.rates(model), worker)
                 await pipe.execute()
 
+    async def _live(self, model: str) -> list[bytes]:
+        oldest = await self._now_ms() - ALIVE_MS
+        found: list[Any] = await self._redis.zrangebyscore(keys.workers(model), oldest, "+inf")
+        return found
+
     async def _now_ms(self) -> int:
         seconds, micros = await self._redis.time()
         return int(seconds) * 1000 + int(micros) // 1000
@@ -266,24 +264,5 @@ def _bytes(value: bytes | str) -> bytes:
 
 
 def _entries(found: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
-    """Entries of a one-stream XREAD answer, in either protocol version's shape."""
-    if not found:
-        return []
-    streams = list(found.values()) if isinstance(found, dict) else [entries for _, entries in found]
-    entries = streams[0]
-    if entries and isinstance(entries[0], list) and entries[0] and isinstance(entries[0][0], list | tuple):
-        entries = entries[0]
-    return [(entry, fields) for entry, fields in entries]
-
-
-def _delivery(row: Sequence[Any]) -> Delivery:
-    entry, deliveries, now, attempt, payload, submitted, deadline = row
-    return Delivery(
-        job=decode_job(payload),
-        entry=entry.decode(),
-        attempt=attempt.decode(),
-        deliveries=int(deliveries),
-        submitted_ms=int(submitted),
-        deadline_ms=int(deadline),
-        taken_ms=int(now),
-    )
+    """Entries of a one-stream XREAD answer; none when it timed out."""
+    return [(entry, fields) for _, entries in found or [] for entry, fields in entries]

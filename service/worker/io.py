@@ -13,7 +13,8 @@ from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.metrics import WorkerMetrics
 from service.worker.engine import Engine, Finished
-from service.worker.lane import AWAY, Backoff, Lane, wanted
+from service.worker.lane import Lane
+from service.worker.patience import AWAY, Backoff, wanted
 
 ANNOUNCE_S = 2.0
 SOON_S = 0.2
@@ -69,7 +70,7 @@ class WorkerIO:
 
     def _on_report(self, model: str, finished: Sequence[Finished]) -> None:
         lane = self._lanes[model]
-        lane.room.set()
+        lane.ticked()
         for done in finished:
             self._group.create_task(lane.finish(done))
 

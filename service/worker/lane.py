@@ -4,54 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from redis.exceptions import RedisError
-
 from service.broker.redis_streams import Broker
 from service.config import Settings
-from service.errors import JobFailed, OfframpError
+from service.errors import JobFailed
 from service.metrics import WorkerMetrics
 from service.protocol import Delivery, Failure, Result
 from service.worker.engine import Engine, Finished
+from service.worker.patience import AWAY, Backoff, wanted
 from service.worker.results import failed_result, record, to_result
 
-AWAY = (RedisError, OSError, OfframpError)
-BACKOFF_S = (0.05, 2.0)
 WAIT_MS = 1000
 NOTIFY_S = 20.0
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-
-def wanted() -> bool:
-    """False once the current task was cancelled: on Python 3.11 a wait inside redis-py may swallow that."""
-    task = asyncio.current_task()
-    return task is None or not task.cancelling()
-
-
-class Backoff:
-    """Pauses that double from 50 ms to 2 s, jittered; says so in the log at the first and at the end."""
-
-    def __init__(self, what: str) -> None:
-        self._what, self._pause = what, 0.0
-
-    def failed(self, error: Exception) -> float:
-        """Seconds to pause after one more failure."""
-        if not self._pause:
-            log.warning("%s failed, retrying", self._what, extra={"error": f"{type(error).__name__}: {error}"})
-        self._pause = min(max(2 * self._pause, BACKOFF_S[0]), BACKOFF_S[1])
-        return self._pause * random.uniform(0.5, 1.0)
-
-    def worked(self) -> None:
-        """Begin again at the shortest pause."""
-        if self._pause:
-            log.info("%s works again", self._what)
-        self._pause = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,12 +54,18 @@ class Lane:
         self._wake, self._spawn = wake, spawn
         self._put_down_one = asyncio.Event()
         self._ticks_seen = -1
+        self._free_seen = 0
         self._give_up_at = float("inf")
 
     def drain(self) -> None:
         """Take no more. Answers that Redis does not accept within a lease are left to redelivery."""
         self._give_up_at = time.monotonic() + self._settings.lease_s
         self.draining.set()
+
+    def ticked(self) -> None:
+        """The engine made a tick: look for work again if that made room."""
+        if self.engine.free_rows() > self._free_seen:
+            self.room.set()
 
     async def settled(self) -> None:
         """Return when nothing is in hand."""
@@ -103,7 +79,7 @@ class Lane:
         backoff = Backoff(f"taking {self.model} jobs")
         while wanted() and not self.draining.is_set():
             self.room.clear()
-            free = self.engine.free_rows()
+            free = self._free_seen = self.engine.free_rows()
             if self.stalled or not free:
                 await self._unless_draining(self.room.wait())
                 continue
@@ -113,6 +89,7 @@ class Lane:
                 taken = await self._broker.take(self.model, self._worker, free, self.engine.capacity, lease_ms)
                 for delivery in taken.deliveries:
                     self._receive(delivery)
+                    self._free_seen = max(0, self._free_seen - delivery.job.work.rows)
                 if taken.full:
                     await self._unless_draining(self.room.wait())
                 elif not taken.deliveries:

@@ -14,9 +14,9 @@ if waiting > 0 and waiting + cost > tonumber(ARGV[6]) then
 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-redis.call('HSET', job, 'state', 'queued', 'payload', payload, 'cost', cost,
+redis.call('HSET', job, 'state', 'queued', 'payload', payload,
   'submitted_ms', now, 'deadline_ms', now + ARGV[5])
-local entry = redis.call('XADD', queue, '*', 'id', id, 'rows', rows)
+local entry = redis.call('XADD', queue, '*', 'id', id, 'rows', rows, 'cost', cost)
 redis.call('HSET', job, 'entry', entry)
 redis.call('HINCRBY', ledger, 'accepted', 1)
 return {1, entry, redis.call('INCRBY', backlog, cost)}

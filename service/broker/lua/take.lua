@@ -1,11 +1,11 @@
 -- Hand out jobs that fit the free rows: leases that ran out first, then new entries. Stops at the first
 -- job that does not fit, without claiming it. A job larger than the pool fits an empty pool only.
--- KEYS queue
--- ARGV group worker free capacity lease_ms job_key_prefix token
--- Returns {full, cursor, {entry, deliveries, now, attempt, payload, submitted_ms, deadline_ms} ...}.
-local queue = KEYS[1]
+-- KEYS queue job_key_prefix backlog ledger
+-- ARGV group worker free capacity lease_ms token
+-- Returns {full, cursor, {id, entry, deliveries, now, attempt, payload, submitted_ms, deadline_ms} ...}.
+local queue, prefix, backlog, ledger = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local group, worker, free, capacity = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local lease, prefix, token = tonumber(ARGV[5]), ARGV[6], ARGV[7]
+local lease, token = tonumber(ARGV[5]), ARGV[6]
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local taken, full = {}, 0
@@ -28,12 +28,14 @@ local function hand_out(entry, map, deliveries)
   if not body[1] then
     redis.call('XACK', queue, group, entry)
     redis.call('XDEL', queue, entry)
+    redis.call('DECRBY', backlog, map['cost'])
+    redis.call('HINCRBY', ledger, 'failed', 1)
     return
   end
   local attempt = token .. ':' .. entry .. ':' .. deliveries
   redis.call('HSET', job, 'state', 'running', 'attempt', attempt, 'worker', worker)
   free = math.max(0, free - tonumber(map['rows']))
-  taken[#taken + 1] = {entry, deliveries, now, attempt, body[1], body[2], body[3]}
+  taken[#taken + 1] = {map['id'], entry, deliveries, now, attempt, body[1], body[2], body[3]}
 end
 
 while free > 0 do

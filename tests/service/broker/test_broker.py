@@ -180,9 +180,12 @@ async def test_a_server_that_may_evict_is_refused(broker, server_url):
     async with Redis.from_url(server_url) as redis:
         await redis.config_set("maxmemory-policy", "allkeys-lru")
         try:
+            await broker.check()
+            await redis.config_set("maxmemory", "1gb")
             with pytest.raises(Unavailable, match="noeviction"):
                 await broker.check()
         finally:
+            await redis.config_set("maxmemory", "0")
             await redis.config_set("maxmemory-policy", "noeviction")
 
 

@@ -63,6 +63,32 @@ def test_a_second_server_on_the_folder_is_refused(server):
         Embedded(server.data_dir).start()
 
 
+def test_starting_twice_is_one_server(server):
+    first = server.pid
+    server.start()
+    assert server.pid == first
+
+
+def test_the_server_itself_holds_the_folder(server):
+    """Where a server outlives its parent (macOS), a second one must not write to the same files."""
+    assert server._lock is not None
+    server._lock.close()
+    with pytest.raises(Unavailable, match="OFFRAMP_DATA_DIR"):
+        Embedded(server.data_dir).start()
+
+
+def test_a_socket_folder_that_others_can_enter_is_refused(tmp_path):
+    server = Embedded(tmp_path)
+    server.socket.parent.mkdir(mode=0o700)
+    server.socket.parent.chmod(0o777)
+    try:
+        with pytest.raises(Unavailable, match="not a private folder"):
+            server.start()
+    finally:
+        server.socket.parent.rmdir()
+        server.stop()
+
+
 def test_the_folder_is_free_after_stop(tmp_path):
     for _ in range(2):
         server = Embedded(tmp_path)
