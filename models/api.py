@@ -22,6 +22,10 @@ def _spec(doc: str, default: Any = None, **bounds: Any) -> Any:
     return field(default=default, metadata={"doc": doc, **bounds})
 
 
+class UserError(ValueError):
+    """A mistake in what a user gave (files, folders, recipes); the message says what to fix."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerateParams:
     """What POST /generate asks for. `None` means: the gear's or the model's own value."""
@@ -187,7 +191,7 @@ class ClassifiedRow:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one tick did, for metrics: network rows, and blocks run and skipped.
+    """What one tick did, for metrics: rows (images), and blocks x network rows run and at full depth.
 
     `depth_counts` maps (time bin 0..9 of u in tenths, depth) to rows; empty for classify.
     """
@@ -222,9 +226,6 @@ class Task(Protocol[W_contra, R_co]):
 
     def collect(self, slots: Sequence[int]) -> Sequence[R_co]:
         """Outputs of finished rows, in the order of `slots`."""
-
-    def price(self, work: W_contra) -> int:
-        """Planned cost of a job: layer evaluations (generate) or network calls (classify)."""
 
     def receipt(self, work: W_contra, rows: Sequence[Any]) -> dict[str, Any]:
         """The receipt of a finished job (keys: docs/api.md)."""

@@ -12,13 +12,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.api import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 ZOO = Path(__file__).parent / "zoo"
 
 
-class StoreError(ValueError):
+class StoreError(UserError):
     """A model folder that cannot be used; the message names the file and the fix."""
 
 
@@ -90,14 +92,16 @@ def read_tensors(folder: Path, name: str, files: Mapping[str, str]) -> dict[str,
 
 def write_model(folder: Path, config: dict[str, Any], files: Mapping[str, Mapping[str, Tensor]]) -> str:
     """Write tensors (floats as float16) and config.json; returns the weights digest."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
     digests = {}
     for name, tensors in files.items():
         path = member_file(folder, name)
         half = {k: v.detach().half() if v.is_floating_point() else v.detach() for k, v in tensors.items()}
-        save_file({k: v.contiguous() for k, v in half.items()}, path)
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_bytes(save({k: v.contiguous() for k, v in half.items()}))
+        fresh.replace(path)
         digests[name] = sha256(path)
     write_json(folder / "config.json", {**config, "files": digests})
     return weights_digest(digests)

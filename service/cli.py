@@ -25,12 +25,13 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 def main() -> None:
     """Entry point of the console script."""
     refuse_shadows()
+    from models.api import UserError
     from service.errors import OfframpError
 
     try:
         app()
-    except OfframpError as error:
-        raise SystemExit(f"offramp: {error.detail}") from None
+    except (OfframpError, UserError) as error:
+        raise SystemExit(f"offramp: {error}") from None
 
 
 def refuse_shadows() -> None:

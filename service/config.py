@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class Settings(BaseSettings):
     """Every setting of every process; docs/settings.md is made from this class."""
 
-    model_config = SettingsConfigDict(env_prefix="OFFRAMP_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="OFFRAMP_", env_ignore_empty=True, frozen=True)
 
     redis_url: str = Field("", description="Redis or Valkey server, redis://, rediss:// or unix://; empty: embedded.")
     data_dir: Path = Field(Path(".offramp"), description="Where the embedded server keeps its data.")
@@ -22,7 +22,7 @@ class Settings(BaseSettings):
     worker_metrics_port: int = Field(9100, ge=1, le=65535, description="Port of the worker's metrics.")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
     threads: int = Field(0, ge=0, le=1024, description="Torch threads of a worker; 0: torch's own choice.")
-    slots: int = Field(32, ge=1, le=4096, description="Rows a worker keeps in flight for each model.")
+    slots: int = Field(64, ge=1, le=4096, description="Rows a worker keeps in flight for each model.")
     lease_s: float = Field(10.0, ge=1.0, le=600.0, description="A job whose worker is silent this long is redelivered.")
     max_deliveries: int = Field(5, ge=1, le=100, description="A job delivered more often than this fails.")
     deadline_s: float = Field(120.0, gt=0.0, le=3600.0, description="Deadline of a request that names none.")

@@ -38,7 +38,7 @@ def free_port() -> int:
 def service(data_dir: Path) -> Iterator[str]:
     """A private `offramp up` on free ports; yields its address, drains it at the end."""
     port, metrics = free_port(), free_port()
-    env = environ | {
+    env = {name: value for name, value in environ.items() if not name.startswith("OFFRAMP_")} | {
         "OFFRAMP_PORT": str(port),
         "OFFRAMP_WORKER_METRICS_PORT": str(metrics),
         "OFFRAMP_DATA_DIR": str(data_dir),

@@ -10,7 +10,7 @@
     |- TooLarge                  413 too_large         body or picture above the limit
     |- QueueFull                 429 queue_full        backlog at its budget; Retry-After says when
     |- JobFailed                 500 job_failed        the worker could not run it
-    |- Unavailable               503 unavailable       Redis away, no worker, or draining
+    |- Unavailable               503 unavailable       Redis away, or no worker
     |   `- NoWorker              503 no_worker         nobody serves the model now
     `- DeadlineExceeded          504 deadline_exceeded the budget ran out before the answer
 

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from models.api import ExitSchedule, Gear
+from models.api import ExitSchedule, Gear, UserError
 
 
-class ScheduleMismatch(ValueError):
+class ScheduleMismatch(UserError):
     """An exit schedule tuned for other weights."""
-
-
-def full(depth: int) -> ExitSchedule:
-    """Every block at every time."""
-    return ExitSchedule((1.0,), (depth,))
 
 
 def plan(schedule: ExitSchedule, times: Iterable[float]) -> list[int]:

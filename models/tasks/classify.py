@@ -75,10 +75,6 @@ class ClassifyTask:
         names = dict.fromkeys(self.method[slot] for slot in slots)
         return {name: np.array([s for s in slots if self.method[s] == name]) for name in names}
 
-    def price(self, work: ClassifyWork) -> int:
-        """Network calls."""
-        return self.info.calls[work.method] * work.rows
-
     def receipt(self, work: ClassifyWork, rows: Sequence[ClassifiedRow]) -> dict[str, Any]:
         """What the answer cost, relative to `single`: MACs counted at load, time measured for the card."""
         receipt: dict[str, Any] = {"method": work.method, "cost_vs_single": self.info.methods[work.method]}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.api import GeneratedRow, GenerateWork, ModelInfo, StepStats, planned_layer_evals
+from models.api import GeneratedRow, GenerateWork, ModelInfo, StepStats
 from models.backbones.dit import DiT
 from models.exits.plan import check, plan
 from models.registry import BACKBONES, SOLVERS, resolve
@@ -138,7 +138,7 @@ class GenerateTask:
         copies = self._network_rows(rows)
         bins = np.minimum((self.times[rows, at] * 10).astype(int), 9)
         return StepStats(
-            rows=int(copies.sum()),
+            rows=len(rows),
             layer_evals=int((ran * copies).sum()),
             layer_evals_full=int(self.model.depth * copies.sum()),
             depth_counts=Counter(zip(bins.tolist(), ran.tolist(), strict=True)),
@@ -164,10 +164,6 @@ class GenerateTask:
                 )
             )
         return made
-
-    def price(self, work: GenerateWork) -> int:
-        """Planned layer evaluations."""
-        return planned_layer_evals(self.gears[work.gear], work.steps, work.guidance, work.rows)
 
     def receipt(self, work: GenerateWork, rows: Sequence[GeneratedRow]) -> dict[str, object]:
         """What the answer cost, as counted by the executor."""

@@ -84,8 +84,9 @@ def bridge(recipe: Recipe, data: Data, out: Out) -> None:
     """Train bridges over several seeds, and regressors of the same size beside them; ships the best on validation."""
     r = read_recipe(recipe, bridges.BridgeRecipe)
     split = splits(data)
-    folder, runs = out / r.ensemble, out / "runs" / r.name
+    folder = out / r.ensemble
     ensemble = read_config(folder, "ensemble")
+    runs = out / "runs" / r.name / weights_digest(ensemble["files"])[:12]
     cache = bridges.build_cache(load_members(folder), split.train.images, r, runs / "cache.safetensors")
 
     def validate(models: dict[str, Any]) -> float:

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from models.api import UserError
+
 Images = NDArray[np.uint8]  # (N, H, W, C)
 Labels = NDArray[np.int64]  # (N,)
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A data folder that cannot be read; the message says what was looked for."""
 
 

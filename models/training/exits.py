@@ -125,13 +125,12 @@ def train_exits(
     model: DiT, recipe: ExitsRecipe, images: Images, labels: Labels, out: Path
 ) -> tuple[DiT, dict[str, ExitSchedule], dict[str, Any]]:
     """Explore, allocate, fine-tune. Returns the averaged network, a schedule per gear, the summary."""
-    rng = np.random.default_rng(recipe.seed)
     torch.manual_seed(recipe.seed)
     batches = Batches(images, labels, model.null_label, recipe.label_dropout)
     depths = list(range(recipe.shallowest, model.depth + 1))
 
     def anywhere(u: NDArray[np.float64]) -> NDArray[np.int64]:
-        return rng.choice(depths, size=len(u))
+        return torch.randint(recipe.shallowest, model.depth + 1, (len(u),)).numpy()
 
     explored = fine_tune(model, recipe, recipe.explore, batches, anywhere, out / "explore", "explore")
     assert isinstance(explored.ema, DiT)
@@ -145,9 +144,9 @@ def train_exits(
     lighter = [i for i, share in enumerate(recipe.gears.values()) if share < 1]
 
     def by_gear(u: NDArray[np.float64]) -> NDArray[np.int64]:
-        gear = rng.choice(lighter, size=len(u))
+        gear = np.array(lighter)[torch.randint(len(lighter), (len(u),)).numpy()]
         bins = np.minimum((u * recipe.bins).astype(int), recipe.bins - 1)
-        return np.where(rng.random(len(u)) < recipe.full_share, model.depth, table[gear, bins])
+        return np.where(torch.rand(len(u)).numpy() < recipe.full_share, model.depth, table[gear, bins])
 
     student = explored.ema.requires_grad_(True)
     tuned = fine_tune(student, recipe, recipe.optim, batches, by_gear, out / "gears", "gears")

@@ -87,7 +87,7 @@ def train_members(recipe: MembersRecipe, splits: Splits, out: Path) -> dict[str,
             return F.cross_entropy(logits.float(), y[rows])
 
         label = f"member-{index + 1}"
-        done = train(model, recipe.optim, loss, out / "runs" / label, label=label)
+        done = train(model, recipe.optim, loss, out / "runs" / recipe.name / label, label=label)
         member = done.ema
         assert isinstance(member, ResNet)
         seconds += done.seconds

@@ -7,10 +7,12 @@ import tomllib
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
+from models.api import UserError
+
 T = TypeVar("T")
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError):
     """A recipe that cannot be used; the message names the key and the fix."""
 
 

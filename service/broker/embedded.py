@@ -152,7 +152,7 @@ class Embedded:
                 self._process.kill()
                 self._process.wait()
             self._process = None
-        self.socket.unlink(missing_ok=True)
         if self._lock is not None:
+            self.socket.unlink(missing_ok=True)
             self._lock.close()
             self._lock = None

@@ -25,6 +25,7 @@ from service.protocol import Delivery, Failure, Job, Result, decode, decode_info
 
 LUA = Path(__file__).parent / "lua"
 ALIVE_MS = 15_000
+ADVERTISED_MS = 60_000
 REPLIES_KEPT = 10_000
 REPLY_TTL_S = 600
 UNREADABLE_TTL_S = 600
@@ -117,10 +118,10 @@ class Broker:
 
     @reachable
     async def catalogue(self) -> dict[str, ModelInfo]:
-        """Every advertised model by name."""
+        """Every model by name that a worker advertised within the last minute."""
         raw = await self._redis.hgetall(keys.CATALOGUE)
-        infos = (decode_info(_bytes(value)) for _, value in sorted(raw.items()))
-        return {info.name: info for info in infos}
+        infos = [decode_info(_bytes(value)) for _, value in sorted(raw.items())]
+        return {info.name: info for info in infos if await self._redis.exists(keys.workers(info.name))}
 
     @reachable
     async def live_workers(self, model: str) -> int:
@@ -233,10 +234,11 @@ class Broker:
         for info in infos:
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.hset(keys.CATALOGUE, info.name, encode(info))
-                pipe.zremrangebyscore(keys.workers(info.name), "-inf", now - 20 * ALIVE_MS)
+                pipe.zremrangebyscore(keys.workers(info.name), "-inf", now - ADVERTISED_MS)
                 pipe.zadd(keys.workers(info.name), {worker: now})
+                pipe.expire(keys.workers(info.name), ADVERTISED_MS // 1000)
                 pipe.hset(keys.rates(info.name), worker, f"{rates.get(info.name, 0.0):.6g}")
-                pipe.expire(keys.rates(info.name), 20 * ALIVE_MS // 1000)
+                pipe.expire(keys.rates(info.name), ADVERTISED_MS // 1000)
                 await pipe.execute()
 
     @reachable
@@ -244,7 +246,7 @@ class Broker:
         """Stop being counted; pending entries stay and are redelivered."""
         for model in models:
             async with self._redis.pipeline(transaction=False) as pipe:
-                pipe.zrem(keys.workers(model), worker)
+                pipe.zadd(keys.workers(model), {worker: 0}, xx=True)
                 pipe.hdel(keys.rates(model), worker)
                 await pipe.execute()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from uuid import uuid4
 
@@ -35,18 +36,27 @@ async def run_job(gateway: Gateway, info: ModelInfo, work: Work, deadline_ms: in
         QueueFull, NoWorker, Unavailable, DeadlineExceeded, or what the worker failed with.
     """
     budget_s = gateway.settings.deadline_s if deadline_ms is None else deadline_ms / 1000
-    if not await gateway.broker.live_workers(info.name):
-        raise NoWorker(f"no live worker serves {info.name!r} now", field="model")
-    left_s = budget_s - (time.monotonic() - arrived)
-    if left_s <= 0:
-        raise DeadlineExceeded("the deadline passed before the job was queued", field="deadline_ms")
     job = _job(gateway, info, work)
     waiting = gateway.metrics.waiting.labels(info.task)
     with gateway.replies.expect(job.id) as event, waiting.track_inprogress():
-        await gateway.broker.submit(job, work.rows, max(1, round(left_s * 1000)), gateway.settings.max_backlog)
+        left_s = await _queue(gateway, info, job, budget_s, arrived)
         result = await gateway.replies.result(event, info.name, job.id, left_s + GRACE_S)
     _raise_failure(result)
     return result
+
+
+async def _queue(gateway: Gateway, info: ModelInfo, job: Job, budget_s: float, arrived: float) -> float:
+    """Submit within the budget; returns the seconds that are left of it."""
+    try:
+        async with asyncio.timeout(budget_s - (time.monotonic() - arrived)):
+            if not await gateway.broker.live_workers(info.name):
+                raise NoWorker(f"no live worker serves {info.name!r} now", field="model")
+            left_s = budget_s - (time.monotonic() - arrived)
+            budget_ms = max(1, round(left_s * 1000))
+            await gateway.broker.submit(job, job.work.rows, budget_ms, gateway.settings.max_backlog)
+    except TimeoutError:
+        raise DeadlineExceeded("the deadline passed before the job was queued", field="deadline_ms") from None
+    return left_s
 
 
 def _job(gateway: Gateway, info: ModelInfo, work: Work) -> Job:
@@ -58,8 +68,5 @@ def _job(gateway: Gateway, info: ModelInfo, work: Work) -> Job:
 
 def _raise_failure(result: Result) -> None:
     if result.failure:
-        raise by_code().get(result.failure.code, JobFailed)(result.failure.message)
-    if result.outcome == "expired":
-        raise DeadlineExceeded("the deadline passed while the job was queued or running", field="deadline_ms")
-    if result.outcome == "failed":
-        raise JobFailed("the worker could not run the job")
+        field = "deadline_ms" if result.outcome == "expired" else None
+        raise by_code().get(result.failure.code, JobFailed)(result.failure.message, field=field)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from models.api import ModelInfo
 from service.broker.redis_streams import Broker
 from service.config import Settings
+from service.errors import OfframpError
 from service.gateway.replies import Replies
 from service.metrics import GatewayMetrics
 
@@ -21,15 +22,21 @@ class Catalogue:
     def __init__(self, broker: Broker, ttl_s: float = CATALOGUE_TTL_S) -> None:
         self._broker, self._ttl_s = broker, ttl_s
         self._infos: dict[str, ModelInfo] = {}
+        self._error: OfframpError | None = None
         self._read_at = float("-inf")
         self._lock = asyncio.Lock()
 
     async def infos(self) -> dict[str, ModelInfo]:
-        """Models by name, at most `ttl_s` old; redis errors pass through."""
+        """Models by name, at most `ttl_s` old; so is the memory of an outage: requests do not queue for it."""
         async with self._lock:
             if time.monotonic() - self._read_at >= self._ttl_s:
-                self._infos = await self._broker.catalogue()
+                try:
+                    self._infos, self._error = await self._broker.catalogue(), None
+                except OfframpError as error:
+                    self._error = error
                 self._read_at = time.monotonic()
+            if self._error is not None:
+                raise self._error
             return self._infos
 
     def knows(self, model: str) -> bool:

@@ -45,14 +45,14 @@ class Engine:
         self._metrics, self._clock = metrics, clock
         self._scheduler = Scheduler(task.capacity)
         self._lock = threading.Lock()
-        self._inbox: list[Delivery] = []
+        self._inbox: list[tuple[Delivery, float]] = []
         self._withdrawn: set[str] = set()
         self._publish()
 
     def offer(self, delivery: Delivery) -> None:
         """Hand over a job; it enters at the next tick."""
         with self._lock:
-            self._inbox.append(delivery)
+            self._inbox.append((delivery, self._clock() * 1000))
             self._idle = False
 
     def withdraw(self, attempts: Iterable[str]) -> None:
@@ -63,7 +63,7 @@ class Engine:
     def free_rows(self) -> int:
         """Rows that may be taken now: free slots less what the inbox holds."""
         with self._lock:
-            return max(0, self._free - sum(d.job.work.rows for d in self._inbox))
+            return max(0, self._free - sum(d.job.work.rows for d, _ in self._inbox))
 
     def idle(self) -> bool:
         """Whether nothing is in hand here."""
@@ -73,7 +73,7 @@ class Engine:
     def tick(self) -> list[Finished]:
         """Move every row by one evaluation, new rows included; returns the jobs that are over."""
         started = self._clock()
-        self._receive(started * 1000)
+        self._receive()
         plan = self._scheduler.schedule(started * 1000)
         over = [self._expired(job, started) for job in plan.expired]
         for admission in plan.admissions:
@@ -94,16 +94,16 @@ class Engine:
         self.ticks += 1
         return over
 
-    def _receive(self, now_ms: float) -> None:
+    def _receive(self) -> None:
         with self._lock:
             inbox, self._inbox = self._inbox, []
             withdrawn, self._withdrawn = self._withdrawn, set()
-            for delivery in inbox:
-                self._scheduler.add(delivery, now_ms)
+            for delivery, offered_ms in inbox:
+                self._scheduler.add(delivery, offered_ms)
             for attempt in withdrawn:
                 self._scheduler.drop(attempt)
             self._free = self._scheduler.free_rows()
-        for delivery in inbox:
+        for delivery, _ in inbox:
             if delivery.deliveries > 1:
                 self._metrics.redeliveries.labels(self.name).inc()
 

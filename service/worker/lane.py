@@ -53,7 +53,7 @@ class Lane:
         self._broker, self._worker, self._settings, self._metrics = broker, worker, settings, metrics
         self._wake, self._spawn = wake, spawn
         self._put_down_one = asyncio.Event()
-        self._ticks_seen = -1
+        self._ticks_seen, self._was_busy = -1, False
         self._free_seen = 0
         self._give_up_at = float("inf")
 
@@ -63,7 +63,8 @@ class Lane:
         self.draining.set()
 
     def ticked(self) -> None:
-        """The engine made a tick: look for work again if that made room."""
+        """The engine made a tick, so it is not stalled: look for work again if that made room."""
+        self.stalled = False
         if self.engine.free_rows() > self._free_seen:
             self.room.set()
 
@@ -151,15 +152,15 @@ class Lane:
             self._lose([asked[entry].delivery for entry in lost])
 
     def _look_at_engine(self) -> None:
-        ticks = self.engine.ticks
-        stalled = ticks == self._ticks_seen and not self.engine.idle()
+        ticks, busy = self.engine.ticks, not self.engine.idle()
+        stalled = busy and self._was_busy and ticks == self._ticks_seen
         if stalled != self.stalled:
             log.log(
                 logging.ERROR if stalled else logging.INFO,
                 "no tick since the last heartbeat, leases lapse" if stalled else "ticks progress again",
                 extra={"model": self.model, "jobs": len(self.hand)},
             )
-        self._ticks_seen, self.stalled = ticks, stalled
+        self._ticks_seen, self._was_busy, self.stalled = ticks, busy, stalled
 
     def _lose(self, deliveries: list[Delivery]) -> None:
         """Drop jobs whose lease went to somebody else; one that was finished meanwhile is no loss."""

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from models.api import ExitSchedule, Gear, planned_layer_evals
 from models.backbones.dit import DiT, DiTConfig
-from models.exits.plan import ScheduleMismatch, check, full, plan
+from models.exits.plan import ScheduleMismatch, check, plan
 from models.training.exits import allocate, to_schedule
 
 SCHEDULE = ExitSchedule((0.25, 0.5, 1.0), (8, 6, 4))
@@ -37,7 +37,6 @@ def test_malformed_schedules_are_refused(edges, depths):
 
 def test_plan_follows_original_times():
     assert plan(SCHEDULE, [1.0, 0.75, 0.5, 0.25, 0.0]) == [4, 4, 4, 6, 8]
-    assert plan(full(5), [0.1, 0.9]) == [5, 5]
 
 
 def test_a_schedule_for_other_weights_is_refused():

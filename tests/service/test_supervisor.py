@@ -141,7 +141,9 @@ def up(folder: Path, **settings: str) -> Iterator[SimpleNamespace]:
 
 
 def generate(url: str, **body: Any) -> Any:
-    request = Request(f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = Request(
+        f"{url}/generate", json.dumps({"label": 0, **body}).encode(), {"Content-Type": "application/json"}
+    )
     with urlopen(request, timeout=90) as response:
         return json.load(response)
 

@@ -4,7 +4,7 @@
 -- another attempt runs. A job that the server has forgotten still gets its result.
 -- KEYS queue job result backlog ledger
 -- ARGV group entry outcome result ttl_s attempt
--- Returns 1 when this result was stored, else 0.
+-- Returns 1 when this attempt's result is the one that counts (also when asked again), else 0.
 local queue, job, result, backlog, ledger = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local group, entry, outcome, data, ttl, attempt = unpack(ARGV)
 local found = redis.call('XRANGE', queue, entry, entry)[1]
@@ -20,7 +20,7 @@ if found then
   redis.call('DECRBY', backlog, map['cost'])
   redis.call('HINCRBY', ledger, outcome, 1)
 elseif current then
-  return 0
+  return redis.call('HGET', job, 'finished_by') == attempt and 1 or 0
 end
 if current then
   redis.call('HSET', job, 'state', outcome, 'finished_by', attempt)

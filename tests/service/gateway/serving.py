@@ -109,7 +109,8 @@ def failing(code: str) -> Answer:
 
 
 def expired(delivery: Delivery) -> Result:
-    return Result(id=delivery.job.id, outcome="expired")
+    failure = Failure("deadline_exceeded", "the deadline passed while it waited", True)
+    return Result(id=delivery.job.id, outcome="expired", failure=failure)
 
 
 def silent(delivery: Delivery) -> None:

@@ -212,7 +212,7 @@ async def test_no_worker_is_503(redis: Redis, valkey_url: str) -> None:
 
 
 async def test_an_advertised_model_without_a_live_worker_is_503(http: httpx.AsyncClient, redis: Redis) -> None:
-    await redis.delete(keys.workers("drawer"))
+    await redis.zadd(keys.workers("drawer"), dict.fromkeys(await redis.zrange(keys.workers("drawer"), 0, -1), 0))
     problem(await http.post("/generate", json={}), 503, "no_worker", "model")
     assert "drawer" in problem(await http.get("/readyz"), 503, "no_worker", "model")["detail"]
     assert (await http.post("/classify", json={"image": BOOT})).status_code == 200
