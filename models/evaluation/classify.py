@@ -184,7 +184,7 @@ def time_methods(ensemble: Path, batch: int = 64) -> dict[str, float]:
 def costs_by_row(ensemble: Path) -> dict[str, float]:
     """Conv + linear MACs of every row of the table relative to the source."""
     classifier = load_classifier(ensemble)
-    costs = {"source": 1.0} | {f"DE-{m}": float(m) for m in range(1, len(classifier.members) + 1)}
+    costs = {"source": 1.0, "source at T*": 1.0} | {f"DE-{m}": float(m) for m in range(1, len(classifier.members) + 1)}
     if classifier.bridge is not None:
         light = (classifier.costs()["bridge"] - 1.0) / classifier.bridge.evaluations
         steps = classifier.bridge.network.config.steps
@@ -235,7 +235,13 @@ def evaluate(ensemble: Path, splits: Splits) -> dict[str, Any]:
         for size in range(1, m + 1)
     }
     source = ensemble_score((0,))
-    rows: dict[str, list[Score]] = {"source": [source], **{f"DE-{k}": [v] for k, v in ensembles.items()}}
+    softened = [log_softmax(mean_log_probability(p[:, :1]) / source.temperature) for p in (val_p, test_p)]
+    at_best = score((softened[0], selection.labels), (softened[1], test.labels))
+    rows: dict[str, list[Score]] = {
+        "source": [source],
+        "source at T*": [at_best],
+        **{f"DE-{k}": [v] for k, v in ensembles.items()},
+    }
     beside = bridge_folder(ensemble)
     if beside is not None:
         config = read_config(beside, "bridge")

@@ -95,7 +95,7 @@ def classify_table(
         scores = ", ".join(f"{k} {v:.3f}" for k, v in detection.items())
         notes.append(f"AUROC of entropy, out-of-distribution against test images: {scores}.")
     notes.append(
-        "c: at the method's own validation temperature T* (source at T* is the source row's cNLL). DE-m is averaged "
+        "c: at the method's own validation temperature T*. DE-m is averaged "
         "over all subsets of the members (the largest is one ensemble). x1, x5: network calls of the bridge. MACs and time are relative to the "
         f"source, time at batch 64. {origin(where)}"
     )
