@@ -96,8 +96,8 @@ def classify_table(
         notes.append(f"AUROC of entropy, out-of-distribution against test images: {scores}.")
     notes.append(
         "c: at the method's own validation temperature T*. DE-m is averaged "
-        "over all subsets of the members (the largest is one ensemble). x1, x5: network calls of the bridge. MACs and time are relative to the "
-        f"source, time at batch 64. {origin(where)}"
+        "over all subsets of the members (the largest is one ensemble). x1, x5: network calls of the bridge. "
+        f"MACs and time are relative to the source, time at batch 64. {origin(where)}"
     )
     return table + "\n\n" + " ".join(notes)
 
