@@ -95,9 +95,9 @@ def classify_table(
         scores = ", ".join(f"{k} {v:.3f}" for k, v in detection.items())
         notes.append(f"AUROC of entropy, out-of-distribution against test images: {scores}.")
     notes.append(
-        "c: at the method's own validation temperature T*. DE-m is averaged "
-        "over all subsets of the members (the largest is one ensemble). x1, x5: network calls of the bridge. "
-        f"MACs and time are relative to the source, time at batch 64. {origin(where)}"
+        "c: at the method's own validation temperature T*. DE-m is averaged over all subsets of the members (the "
+        "largest is one ensemble). x1, x5: network calls of the bridge; the regressor is the same network, its time "
+        f"was not measured apart. MACs and time are relative to the source, time at batch 64. {origin(where)}"
     )
     return table + "\n\n" + " ".join(notes)
 
