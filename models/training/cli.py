@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from models.api import ExitSchedule
 from models.evaluation.classify import calibrate, choose_bridge
 from models.store import read_config, weights_digest, write_json, write_model
 from models.tasks.classifier import load_members
@@ -27,6 +28,22 @@ Data = Annotated[Path, typer.Option(help="Folder of IDX files, or of train/<clas
 Out = Annotated[Path, typer.Option(help="Folder for model folders and, under runs/, checkpoints to resume from.")]
 
 
+def unmeasured(
+    schedules: dict[str, ExitSchedule], weights: str, defaults: DiffusionRecipe | ExitsRecipe
+) -> list[dict[str, Any]]:
+    """Entries of gears.json before `offramp eval --write` measures them."""
+    return [
+        {
+            "name": name,
+            "schedule": {"edges": schedule.edges, "depths": schedule.depths, "weights": weights},
+            "solver": defaults.solver,
+            "steps": defaults.steps,
+            "guidance": defaults.guidance,
+        }
+        for name, schedule in schedules.items()
+    ]
+
+
 def done(**summary: Any) -> None:
     """The closing line."""
     print(json.dumps(summary))
@@ -34,12 +51,14 @@ def done(**summary: Any) -> None:
 
 @app.command()
 def diffusion(recipe: Recipe, data: Data, out: Out) -> None:
-    """Train a diffusion transformer at full depth."""
+    """Train a diffusion transformer at full depth; it serves with the one gear `full`."""
     r = read_recipe(recipe, DiffusionRecipe)
     train = splits(data).train
     trained = train_diffusion(r, train.images, train.labels, out / "runs" / r.name)
     config = model_config(r.name, r.labels, r.network, "Full depth only; base of exit fine-tuning.")
     weights = write_model(out / r.name, config, {"model.safetensors": trained.ema.state_dict()})
+    full = {"full": ExitSchedule((1.0,), (r.network.depth,))}
+    write_gears(out / r.name, unmeasured(full, weights, r), "full")
     done(model=r.name, weights=weights, loss=trained.loss, seconds=trained.seconds, steps=trained.steps, seed=r.seed)
 
 
@@ -54,17 +73,7 @@ def exits(recipe: Recipe, data: Data, out: Out) -> None:
     description = "Class-conditional pixel diffusion, early exits by diffusion time."
     fresh = {**config, "name": r.name, "description": description}
     weights = write_model(out / r.name, fresh, {"model.safetensors": tuned.state_dict()})
-    gears = [
-        {
-            "name": name,
-            "schedule": {"edges": s.edges, "depths": s.depths, "weights": weights},
-            "solver": r.solver,
-            "steps": r.steps,
-            "guidance": r.guidance,
-        }
-        for name, s in schedules.items()
-    ]
-    write_gears(out / r.name, gears, r.default)
+    write_gears(out / r.name, unmeasured(schedules, weights, r), r.default)
     done(model=r.name, weights=weights, seed=r.seed, **summary)
 
 

@@ -18,7 +18,7 @@ from models.training.loop import Optim, Trained, train
 
 @dataclass(frozen=True)
 class DiffusionRecipe:
-    """`offramp train diffusion`: data, network, objective and optimizer."""
+    """`offramp train diffusion`: data, network, objective, optimizer, and how the model is sampled by default."""
 
     name: str
     labels: list[str]
@@ -28,6 +28,9 @@ class DiffusionRecipe:
     logit_normal: float = 0.8
     bf16: bool = True
     seed: int = 0
+    solver: str = "dpmpp_2m"
+    steps: int = 20
+    guidance: float = 2.0
 
 
 def to_states(images: NDArray[np.uint8]) -> Tensor:

@@ -1,0 +1,51 @@
+"""`offramp train`: the four commands in order at toy size leave a folder that serves."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from models.tasks.classify import load as load_classifier
+from models.tasks.generate import load as load_generator
+from models.training.cli import app
+
+OPTIM = "[{0}]\nsteps = 2\nbatch = 8\nlr = 1e-3\nwarmup = 1\n"
+RECIPES = {
+    "diffusion": 'name = "base"\nlabels = ["a", "b"]\nbf16 = false\n[network]\nwidth = 32\ndepth = 2\nheads = 2\n'
+    "classes = 2\ntime_features = 16\n" + OPTIM.format("optim"),
+    "exits": 'name = "gen"\nbase = "base"\nshallowest = 1\nbins = 2\nbf16 = false\ndefault = "eco"\n'
+    "[gears]\nfull = 1.0\neco = 0.5\n" + OPTIM.format("explore") + OPTIM.format("optim"),
+    "members": 'name = "ens"\nlabels = ["a", "b"]\nmembers = 3\nimages = 40\nbf16 = false\n'
+    "[network]\nclasses = 2\nwidth = 8\n" + OPTIM.format("optim") + 'algorithm = "sgd"\n',
+    "bridge": 'name = "bri"\nensemble = "ens"\npasses = 1\nseeds = 2\n'
+    "[network]\ntap_channels = 8\nclasses = 2\nsteps = 2\n" + OPTIM.format("optim"),
+}
+
+
+@pytest.fixture
+def data(tmp_path):
+    rng = np.random.default_rng(0)
+    for prefix, n in (("train", 10_050), ("t10k", 20)):
+        pixels, labels = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8), (np.arange(n) % 2).astype(np.uint8)
+        header = struct.pack(">HBBIII", 0, 8, 3, n, 28, 28)
+        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">HBBI", 0, 8, 1, n) + labels.tobytes())
+    return tmp_path
+
+
+def test_trained_in_order_they_serve(data, tmp_path):
+    out = tmp_path / "out"
+    for command, text in RECIPES.items():
+        recipe = tmp_path / f"{command}.toml"
+        recipe.write_text(text)
+        args = [command, "--recipe", str(recipe), "--data", str(data), "--out", str(out)]
+        done = CliRunner().invoke(app, args, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        summary = json.loads(done.stdout.strip().splitlines()[-1])
+        assert summary["model"] in {"base", "gen", "ens", "bri"}
+    assert [gear.name for gear in load_generator(out / "base", 1, "cpu").info.gears] == ["full"]
+    generator = load_generator(out / "gen", 1, "cpu").info
+    assert (generator.default_gear, generator.gears[1].schedule.weights) == ("eco", generator.weights)
+    assert set(load_classifier(out / "ens", 1, "cpu").info.methods) == {"single", "bridge", "ensemble"}
