@@ -21,7 +21,9 @@ class Settings(BaseSettings):
     worker_host: str = Field("127.0.0.1", description="Address the worker's metrics listen on.")
     worker_metrics_port: int = Field(9100, ge=1, le=65535, description="Port of the worker's metrics.")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
-    threads: int = Field(0, ge=0, le=1024, description="Torch threads of a worker; 0: torch's own choice.")
+    threads: int = Field(
+        0, ge=0, le=1024, description="Torch threads of a worker; 0: OMP_NUM_THREADS, or one less than the cores."
+    )
     slots: int = Field(64, ge=1, le=4096, description="Rows a worker keeps in flight for each model.")
     lease_s: float = Field(10.0, ge=1.0, le=600.0, description="A job whose worker is silent this long is redelivered.")
     max_deliveries: int = Field(5, ge=1, le=100, description="A job delivered more often than this fails.")

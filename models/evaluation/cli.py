@@ -92,10 +92,11 @@ def classify(
 ) -> None:
     """Accuracy, likelihood, calibration, DEE, cost, time and out-of-distribution detection of every method."""
     folder = find(model)
+    outside = read(ood, "test") if ood else None
     result = classifiers.evaluate(folder, splits(data))
     times = classifiers.time_methods(folder)
     costs = classifiers.costs_by_row(folder)
-    detection = classifiers.detect(folder, splits(data).test, read(ood, "test")) if ood else {}
+    detection = classifiers.detect(folder, splits(data).test, outside) if outside else {}
     where = provenance()
     table = classify_table(result, costs, times, detection, where)
     print(table)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -98,8 +99,11 @@ class Embedded:
         """Lock the folder. The server inherits the lock: it holds as long as either lives."""
         if self._lock is not None:
             return self._lock
-        self.data_dir.mkdir(parents=True, exist_ok=True)
-        lock = (self.data_dir / "lock").open("ab")
+        try:
+            self.data_dir.mkdir(parents=True, exist_ok=True)
+            lock = (self.data_dir / "lock").open("ab")
+        except OSError as error:
+            raise Unavailable(f"OFFRAMP_DATA_DIR={self.data_dir} cannot be used: {error}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -154,5 +158,7 @@ class Embedded:
             self._process = None
         if self._lock is not None:
             self.socket.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.socket.parent.rmdir()
             self._lock.close()
             self._lock = None

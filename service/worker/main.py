@@ -48,8 +48,8 @@ def run(settings: Settings) -> int:
         ConfigError: no models, a folder that does not load, no torch, or the metrics port taken.
     """
     stop = Stop()
-    if settings.threads:
-        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+    spare = max(1, (os.cpu_count() or 2) - 1)
+    os.environ["OMP_NUM_THREADS"] = str(settings.threads or os.environ.get("OMP_NUM_THREADS") or spare)
     worker = f"{socket.gethostname()}-{os.getpid()}-{token_hex(2)}"
     metrics = WorkerMetrics()
     tasks = load_tasks(settings)
