@@ -41,6 +41,13 @@ class Settings(BaseSettings):
             raise ValueError("must start with redis://, rediss:// or unix://")
         return value
 
+    @field_validator("models")
+    @classmethod
+    def _holds_models(cls, value: Path | None) -> Path | None:
+        if value is not None and not any(value.glob("*/config.json")):
+            raise ValueError("must be a folder that holds model folders (each with a config.json)")
+        return value
+
 
 class ConfigError(SystemExit):
     """Settings that cannot be used; exits with the list of what to fix."""

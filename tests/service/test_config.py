@@ -64,3 +64,12 @@ def test_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OFFRAMP_REDIS_URL", "unix:///run/x.sock")
     settings = load_settings()
     assert (settings.slots, settings.redis_url) == (7, "unix:///run/x.sock")
+
+
+def test_a_folder_without_models_refuses_to_boot(tmp_path, monkeypatch):
+    monkeypatch.setenv("OFFRAMP_MODELS", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"OFFRAMP_MODELS=.*folder that holds model folders"):
+        load_settings()
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    assert load_settings().models == tmp_path
