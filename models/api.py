@@ -7,10 +7,13 @@ field's metadata carries its bounds (`ge`, `le`, `max_length`) and its descripti
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
-SolverName = Literal["ddpm", "ddim", "dpmpp_2m"]
+SolverName = Literal[
+    "ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler_maruyama"
+]
+GridName = Literal["linspace", "leading", "trailing", "karras", "exponential", "logsnr"]
 ImageFormat = Literal["png", "webp", "npy"]
 MethodName = Literal["single", "bridge", "ensemble"]
 
@@ -23,7 +26,38 @@ def _spec(doc: str, default: Any = None, **bounds: Any) -> Any:
 
 
 class UserError(ValueError):
-    """A mistake in what a user gave (files, folders, recipes); the message says what to fix."""
+    """A mistake in what a user gave (files, folders, recipes, requests); the message says what to fix.
+
+    `field` names the request's field at fault, where there is one.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverOptions:
+    """The fine print of a solver. `None` means the model's or the solver's own choice.
+
+    An option that the chosen solver does not have is refused, not ignored.
+    """
+
+    grid: GridName | None = _spec("Spacing of the solver's times.")
+    eta: float | None = _spec("ddim: share of the ancestral noise; 0 is deterministic.", ge=0.0, le=1.0)
+    variance: Literal["fixed_small", "fixed_large", "learned_range"] | None = _spec("ddpm: variance of a step.")
+    form: Literal["midpoint", "heun", "bh1", "bh2"] | None = _spec("dpmpp: midpoint or heun; unipc: bh1 or bh2.")
+    corrector: bool | None = _spec("unipc: correct each step with the next evaluation.")
+    final_sigma: Literal["zero", "sigma_min"] | None = _spec("dpmpp, unipc: noise level that the last step ends at.")
+    lower_order_final: bool | None = _spec("dpmpp, unipc: lower order for the last steps.")
+    churn: float | None = _spec("euler, heun: noise added and removed over the whole run (EDM).", ge=0.0, le=200.0)
+    churn_min: float | None = _spec("euler, heun: least noise level at which to churn.", ge=0.0, le=1e6)
+    churn_max: float | None = _spec("euler, heun: highest noise level at which to churn.", ge=0.0, le=1e6)
+    churn_noise: float | None = _spec("euler, heun: scale of the churned noise.", ge=0.0, le=2.0)
+
+    def given(self) -> dict[str, float | str | bool]:
+        """The options that are set."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +72,11 @@ class GenerateParams:
     seed: int | None = _spec("Image i uses (seed + i) mod 2^53; drawn at random if absent.", ge=0, le=SEED_LIMIT - 1)
     steps: int | None = _spec("Solver steps.", ge=1, le=1000)
     solver: SolverName | None = _spec("Solver.")
+    solver_options: SolverOptions | None = _spec("The solver's fine print.")
     guidance: float | None = _spec("Classifier-free guidance scale; 1 is unguided.", ge=0.0, le=20.0)
+    guidance_interval: tuple[float, float] | None = _spec(
+        "Guide only at diffusion times u from the first to the second (0 is data, 1 is noise).", ge=0.0, le=1.0
+    )
     gear: str = _spec("Named point on the cost/quality curve; `auto` lets the service choose.", "auto", max_length=64)
     deadline_ms: int | None = _spec(
         "Budget from arrival to answer, queueing included, milliseconds.", ge=1, le=3_600_000
@@ -101,6 +139,8 @@ class Gear:
     solver: SolverName
     steps: int
     guidance: float
+    solver_options: SolverOptions = SolverOptions()
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     layer_evals_ratio: float | None = None
     time_ratio: float | None = None
     class_accuracy: float | None = None
@@ -114,6 +154,8 @@ class ModelInfo:
     Attributes:
         image: height, width, channels of one image.
         depth: blocks of the full network (generators).
+        backend: how the forward is executed, and why.
+        solvers: solvers that fit the model's diffusion process (generators).
         weights: digest of the model's weights.
         methods: classify methods and their cost relative to `single` (conv + linear MACs).
         calls: classify methods and their network calls per image (the unit of admission).
@@ -125,7 +167,9 @@ class ModelInfo:
     image: tuple[int, int, int]
     weights: str
     description: str = ""
+    backend: str = "eager"
     depth: int = 0
+    solvers: tuple[SolverName, ...] = ()
     gears: tuple[Gear, ...] = ()
     default_gear: str = ""
     methods: dict[str, float] = field(default_factory=dict)
@@ -145,6 +189,8 @@ class GenerateWork:
     solver: SolverName
     guidance: float
     gear: str
+    solver_options: SolverOptions = SolverOptions()
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     overrides: tuple[str, ...] = ()
     format: ImageFormat = "png"
 
@@ -193,10 +239,13 @@ class ClassifiedRow:
 class StepStats:
     """What one tick did, for metrics: rows (images), and blocks x network rows run and at full depth.
 
-    `depth_counts` maps (time bin 0..9 of u in tenths, depth) to rows; empty for classify.
+    `depth_counts` maps (time bin 0..9 of u in tenths, depth) to rows; empty for classify. `decoded` of the
+    rows went through the codec. `waiting` are slots that were listed and did not move this time.
     """
 
     rows: int
+    decoded: int = 0
+    waiting: frozenset[int] = frozenset()
     layer_evals: int = 0
     layer_evals_full: int = 0
     depth_counts: Mapping[tuple[int, int], int] = field(default_factory=dict)
@@ -222,7 +271,7 @@ class Task(Protocol[W_contra, R_co]):
         """Place images `indices` of `work` in `slots`; returns each row's evaluations to come."""
 
     def step(self, slots: Sequence[int]) -> StepStats:
-        """Advance every listed row by one evaluation, all in one batch."""
+        """Advance the listed rows by one evaluation, all in one batch, but for those in `StepStats.waiting`."""
 
     def collect(self, slots: Sequence[int]) -> Sequence[R_co]:
         """Outputs of finished rows, in the order of `slots`."""
@@ -231,7 +280,39 @@ class Task(Protocol[W_contra, R_co]):
         """The receipt of a finished job (keys: docs/api.md)."""
 
 
-def planned_layer_evals(gear: Gear, steps: int, guidance: float, rows: int) -> int:
-    """Blocks x network rows that `rows` images will run: one evaluation at u = 1 - i/steps each."""
-    per_image = sum(gear.schedule.depth(1.0 - i / steps) for i in range(steps))
-    return per_image * rows * (1 if guidance == 1.0 else 2)
+def planned_layer_evals(
+    gear: Gear,
+    steps: int,
+    guidance: float,
+    rows: int,
+    solver: str = "",
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> int:
+    """Blocks x network rows that `rows` images will run, with times u = 1 - i/steps whatever the grid.
+
+    Exact for grids that are uniform in u, an estimate for others; Heun evaluates twice but in its last step.
+    """
+    per_image = 0
+    for i in range(steps):
+        u = 1.0 - i / steps
+        guided = guidance != 1.0 and interval[0] <= u <= interval[1]
+        calls = 2 if solver == "heun" and i < steps - 1 else 1
+        per_image += gear.schedule.depth(u) * calls * (2 if guided else 1)
+    return per_image * rows
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a worker runs its models.
+
+    Attributes:
+        backend: how a forward is executed, a name of registry.BACKENDS.
+        budget_s: seconds that backend `auto` may measure.
+        cache: folder for exported segments.
+        force_schedules: serve exit schedules that were tuned for other weights.
+    """
+
+    backend: str = "eager"
+    budget_s: float = 20.0
+    cache: str = ".offramp/cache"
+    force_schedules: bool = False

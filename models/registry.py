@@ -7,26 +7,51 @@ from typing import Any
 
 BACKBONES = {
     "dit": "models.backbones.dit:DiT",
+    "uvit": "models.backbones.uvit:UViT",
     "resnet": "models.backbones.resnet:ResNet",
     "bridge": "models.backbones.bridge:BridgeNetwork",
 }
 SOLVERS = {
-    "ddpm": "models.solvers.ddpm:coefficients",
-    "ddim": "models.solvers.ddim:coefficients",
-    "dpmpp_2m": "models.solvers.dpmpp_2m:coefficients",
+    "ddpm": "models.solvers.ddpm:trajectory",
+    "ddim": "models.solvers.ddim:trajectory",
+    "euler": "models.solvers.euler:trajectory",
+    "euler_ancestral": "models.solvers.euler_ancestral:trajectory",
+    "heun": "models.solvers.heun:trajectory",
+    "dpmpp_2m": "models.solvers.dpmpp_2m:trajectory",
+    "dpmpp_2m_sde": "models.solvers.dpmpp_2m_sde:trajectory",
+    "unipc": "models.solvers.unipc:trajectory",
+    "euler_maruyama": "models.solvers.euler_maruyama:trajectory",
+}
+EXITS = {
+    "full": "models.exits.full:schedule",
+    "ase": "models.exits.ase:schedule",
+    "table": "models.exits.table:schedule",
+}
+CODECS = {
+    "identity": "models.codecs.identity:load",
+    "autoencoder_kl": "models.codecs.autoencoder_kl:load",
 }
 METHODS = {
     "single": "models.tasks.methods:Single",
     "bridge": "models.tasks.methods:Bridge",
     "ensemble": "models.tasks.methods:Ensemble",
 }
+BACKENDS = {
+    "eager": "models.backends.eager:build",
+    "compiled": "models.backends.compiled:build",
+    "onnx": "models.backends.onnx:build",
+    "cudagraph": "models.backends.cudagraph:build",
+    "auto": "models.backends.auto:build",
+}
 TASKS = {
-    "generate": "models.tasks.generate:load",
+    "generate": "models.tasks.generator:load",
     "classify": "models.tasks.classify:load",
 }
 COMMANDS = {
     "train": "models.training.cli:app",
     "eval": "models.evaluation.cli:app",
+    "import": "models.importing.cli:app",
+    "profile": "models.evaluation.profile:app",
 }
 
 

@@ -90,17 +90,19 @@ def read_tensors(folder: Path, name: str, files: Mapping[str, str]) -> dict[str,
     return {k: v.float() if v.is_floating_point() else v for k, v in load(raw).items()}
 
 
-def write_model(folder: Path, config: dict[str, Any], files: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """Write tensors (floats as float16) and config.json; returns the weights digest."""
+def write_model(
+    folder: Path, config: dict[str, Any], files: Mapping[str, Mapping[str, Tensor]], keep_dtype: bool = False
+) -> str:
+    """Write tensors (floats as float16, or as they are with `keep_dtype`) and config.json; returns the digest."""
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
     digests = {}
     for name, tensors in files.items():
         path = member_file(folder, name)
-        half = {k: v.detach().half() if v.is_floating_point() else v.detach() for k, v in tensors.items()}
+        half = {k: v.half() if v.is_floating_point() and not keep_dtype else v for k, v in tensors.items()}
         fresh = path.with_name(path.name + ".new")
-        fresh.write_bytes(save({k: v.contiguous() for k, v in half.items()}))
+        fresh.write_bytes(save({k: v.detach().contiguous() for k, v in half.items()}))
         fresh.replace(path)
         digests[name] = sha256(path)
     write_json(folder / "config.json", {**config, "files": digests})

@@ -141,8 +141,20 @@ def train(context: typer.Context) -> None:
 
 @app.command("eval", context_settings=PASS_ON, add_help_option=False)
 def evaluate(context: typer.Context) -> None:
-    """Measure a model: generate or classify (needs torch)."""
+    """Measure a model: generate, classify, schedules, adaptive or dynamic (needs torch)."""
     _delegate("eval", context.args)
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def profile(context: typer.Context) -> None:
+    """Measure a generator's gears on this machine and write gears.json, its card and a picture (needs torch)."""
+    _delegate("profile", context.args)
+
+
+@app.command("import", context_settings=PASS_ON, add_help_option=False)
+def bring(context: typer.Context) -> None:
+    """Make a model folder of a checkpoint from diffusers, DiT or U-ViT (needs torch)."""
+    _delegate("import", context.args)
 
 
 def _delegate(command: str, args: list[str]) -> None:

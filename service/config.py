@@ -24,6 +24,16 @@ class Settings(BaseSettings):
     threads: int = Field(
         0, ge=0, le=1024, description="Torch threads of a worker; 0: OMP_NUM_THREADS, or one less than the cores."
     )
+    backend: str = Field(
+        "eager",
+        pattern=r"^(eager|compiled|onnx|cudagraph|auto)$",
+        description="How a network runs: eager, compiled, onnx, cudagraph, or auto (measured at load).",
+    )
+    backend_budget_s: float = Field(20.0, gt=0.0, le=600.0, description="Longest that backend auto may measure.")
+    cache_dir: Path = Field(Path(".offramp/cache"), description="Where backend onnx keeps what it exports.")
+    force_schedules: bool = Field(
+        False, description="Serve exit schedules that were tuned for other weights, instead of refusing."
+    )
     slots: int = Field(64, ge=1, le=4096, description="Rows a worker keeps in flight for each model.")
     lease_s: float = Field(10.0, ge=1.0, le=600.0, description="A job whose worker is silent this long is redelivered.")
     max_deliveries: int = Field(5, ge=1, le=100, description="A job delivered more often than this fails.")

@@ -118,6 +118,7 @@ class WorkerMetrics:
         self.layer_evals = Counter(
             "offramp_layer_evals", "Blocks x network rows, run and skipped by exits.", ["model", "kind"], registry=r
         )
+        self.decoded = Counter("offramp_decoded_images", "Rows that the codec decoded.", ["model"], registry=r)
         self.outcomes = Counter("offramp_jobs", "Jobs finished by this worker.", ["model", "outcome"], registry=r)
         self.images = Counter("offramp_images", "Images answered.", ["model", "mode"], registry=r)
         self.redeliveries = Counter("offramp_redeliveries", "Jobs received again.", ["model"], registry=r)
@@ -139,6 +140,7 @@ class WorkerMetrics:
         )
         if info.task == "generate":
             self.exit_depth.declare(info.name, info.depth)
+            self.decoded.labels(info.name)
             for kind in ("run", "skipped"):
                 self.layer_evals.labels(info.name, kind)
         for outcome in ("ok", "failed", "expired"):
@@ -152,6 +154,8 @@ class WorkerMetrics:
         """Record one tick: its duration, rows, layer evaluations and exit depths."""
         self.tick.labels(model).observe(seconds)
         self.rows.labels(model).observe(stats.rows)
+        if stats.decoded:
+            self.decoded.labels(model).inc(stats.decoded)
         if jobs > 1:
             self.mixed.labels(model).inc()
         if stats.layer_evals_full:

@@ -57,11 +57,12 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Failure:
-    """An error as data: `code` is one of errors.by_code()."""
+    """An error as data: `code` is one of errors.by_code(); `field` the request's field at fault."""
 
     code: str
     message: str
     retryable: bool = False
+    field: str | None = None
 
 
 @dataclass(frozen=True)

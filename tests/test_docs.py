@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 from prometheus_client import CollectorRegistry
 
-from models.api import ClassifyParams, GenerateParams
+from models.api import ClassifyParams, GenerateParams, SolverOptions
 from service import errors
 from service.config import Settings
 from service.gateway import schemas
@@ -56,9 +56,13 @@ def json_type(hint: Any) -> str:
     """`int | None` is an integer that may be absent; a Literal lists its values."""
     if get_origin(hint) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(hint))
+    if get_origin(hint) is tuple:
+        return "list of " + ", ".join(json_type(member) for member in get_args(hint))
+    if dataclasses.is_dataclass(hint):
+        return "object"
     if members := [member for member in get_args(hint) if member is not type(None)]:
         return " or ".join(json_type(member) for member in members)
-    return {int: "integer", float: "number", str: "string"}[hint]
+    return {int: "integer", float: "number", str: "string", bool: "boolean"}[hint]
 
 
 def request_fields(params: type[Any]) -> str:
@@ -93,6 +97,7 @@ def tables() -> dict[str, str]:
         "gateway series": series(traffic.gateway.registry),
         "worker series": series(traffic.worker.registry),
         "generate fields": request_fields(GenerateParams),
+        "solver options": request_fields(SolverOptions),
         "classify fields": request_fields(ClassifyParams),
         "errors": problems(),
     }

@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 
 from models.api import Gear, GenerateWork
 from models.backbones.resnet import ResNet
-from models.evaluation.classify import measure_times
 from models.evaluation.metrics import frechet, frechet_interval, moments
 from models.tasks.classifier import load_members, to_pixels
-from models.tasks.gears import read_gears
-from models.tasks.generate import GenerateTask, load
+from models.tasks.generate import GenerateTask
+from models.tasks.generator import load
 from models.training.data import Images, Splits
 
 Floats = NDArray[np.float64]
@@ -40,11 +39,35 @@ class GearScore:
     gear: Gear
     layer_evals_per_image: float
     layer_evals_ratio: float
-    time_ratio: float
     class_accuracy: float
     frechet: float
     frechet_low: float
     frechet_high: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a judge says of a set of images; the distance with its bootstrap 95 % interval."""
+
+    class_accuracy: float
+    frechet: float
+    frechet_low: float
+    frechet_high: float
+
+
+class Judge:
+    """An ensemble that classifies samples, and the features of its first member over the test images."""
+
+    def __init__(self, folder: Path, splits: Splits) -> None:
+        self.members = load_members(folder)
+        self.reference = moments(features(self.members[0], splits.test.images))
+
+    def score(self, images: Images) -> Score:
+        """Score images (N, H, W, C) that were asked for label i mod K."""
+        found = features(self.members[0], images)
+        labels = np.arange(len(images)) % self.members[0].config.classes
+        right = agreement(self.members, images, labels)
+        return Score(right, frechet(moments(found), self.reference), *frechet_interval(found, self.reference))
 
 
 def balanced_work(
@@ -76,10 +99,13 @@ def run_work(task: GenerateTask, work: GenerateWork) -> tuple[Images, int]:
     return np.stack([row.pixels for row in rows]), sum(row.layer_evals for row in rows)
 
 
-def draw(folder: Path, n: int, seed: int) -> dict[str, tuple[Images, float]]:
+def draw(
+    folder: Path, n: int, seed: int, *, bf16: bool = False, workers: int | None = None
+) -> dict[str, tuple[Images, float]]:
     """`n` label-balanced images of every gear in pool-sized jobs, and layer evaluations per image.
 
-    One single-threaded engine per core: cores that share every matmul wait for each other.
+    One single-threaded engine per core: cores that share every matmul wait for each other. `bf16` runs the networks
+    in bfloat16, to screen candidates.
     """
     local = threading.local()
 
@@ -87,12 +113,14 @@ def draw(folder: Path, n: int, seed: int) -> dict[str, tuple[Images, float]]:
         if not hasattr(local, "task"):
             torch.set_num_threads(1)
             local.task = load(folder, POOL, "cpu")
-        return run_work(local.task, balanced_work(local.task, gear, first, min(POOL, n - first), seed))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return run_work(local.task, balanced_work(local.task, gear, first, min(POOL, n - first), seed))
 
+    task = load(folder, 1, "cpu")
     threads, drawn = torch.get_num_threads(), {}
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for gear in read_gears(folder)[0]:
+        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+            for gear in task.info.gears:
                 parts = []
                 for part in pool.map(partial(job, gear), range(0, n, POOL)):
                     parts.append(part)
@@ -121,39 +149,24 @@ def agreement(judges: list[ResNet], images: Images, labels: NDArray[np.int64]) -
     return right / len(images)
 
 
-def time_gears(task: GenerateTask) -> dict[str, float]:
-    """Measured time of each gear relative to `full`, one job that fills the pool, alternating."""
-    jobs = {gear.name: balanced_work(task, gear, 0, task.capacity, 0) for gear in task.info.gears}
-    seconds = measure_times({name: partial(run_work, task, work) for name, work in jobs.items()})
-    return {name: value / seconds["full"] for name, value in seconds.items()}
-
-
-def evaluate(folder: Path, judge_folder: Path, splits: Splits, n: int, seed: int, batch: int = 32) -> dict[str, Any]:
+def evaluate(
+    folder: Path,
+    judge_folder: Path,
+    splits: Splits,
+    n: int,
+    seed: int,
+    *,
+    bf16: bool = False,
+    workers: int | None = None,
+) -> dict[str, Any]:
     """Score every gear with `n` images; also the floor with its interval."""
-    judges = load_members(judge_folder)
-    reference = moments(features(judges[0], splits.test.images))
+    judge = Judge(judge_folder, splits)
     random = np.random.default_rng(seed).choice(len(splits.train), n, replace=False)
-    real = features(judges[0], splits.train.images[random])
-    drawn = draw(folder, n, seed)
-    task = load(folder, batch, "cpu")
-    times = time_gears(task)
-    labels = np.arange(n) % len(task.info.labels)
+    floor = judge.score(splits.train.images[random])
+    drawn = draw(folder, n, seed, bf16=bf16, workers=workers)
     scores = []
-    for gear in task.info.gears:
+    for gear in load(folder, 1, "cpu").info.gears:
         images, layer_evals = drawn[gear.name]
-        found = features(judges[0], images)
-        low, high = frechet_interval(found, reference)
-        scores.append(
-            GearScore(
-                gear=gear,
-                layer_evals_per_image=layer_evals,
-                layer_evals_ratio=layer_evals / drawn["full"][1],
-                time_ratio=times[gear.name],
-                class_accuracy=agreement(judges, images, labels),
-                frechet=frechet(moments(found), reference),
-                frechet_low=low,
-                frechet_high=high,
-            )
-        )
-    floor = frechet(moments(real), reference)
-    return {"gears": scores, "floor": floor, "floor_interval": frechet_interval(real, reference)}
+        score, ratio = judge.score(images), layer_evals / drawn["full"][1]
+        scores.append(GearScore(gear, layer_evals, ratio, **vars(score)))
+    return {"gears": scores, "floor": floor.frechet, "floor_interval": (floor.frechet_low, floor.frechet_high)}

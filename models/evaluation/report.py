@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from models.evaluation.classify import mean_score
-from models.store import StoreError
+import torch
 
-BEGIN, END = "<!-- numbers: written by `offramp eval --write` -->", "<!-- end of numbers -->"
+from models.evaluation.classify import mean_score
+from models.evaluation.timing import Ratio, Timing
+from models.store import ZOO, StoreError
+
+NUMBERS = re.compile(r"<!-- numbers: written by `[^`\n]*` -->.*?<!-- end of numbers -->", re.DOTALL)
+
+
+def find(model: Path) -> Path:
+    """A folder as given, or a zoo model by name."""
+    return model if (model / "config.json").is_file() else ZOO / model
+
+
+def provenance(threads: int | None = None) -> dict[str, str]:
+    """Date, machine and commit of a measurement; `threads` of torch, those set now if None."""
+    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ZOO, capture_output=True, text=True, check=False)
+    count = torch.get_num_threads() if threads is None else threads
+    machine = f"{os.cpu_count()} cores {platform.machine()}, {count} torch thread{'s' if count > 1 else ''}"
+    return {"date": date.today().isoformat(), "machine": machine, "commit": run.stdout.strip() or "unknown"}
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -22,29 +44,50 @@ def origin(where: dict[str, str]) -> str:
     return f"Measured {where['date']} on {where['machine']}, commit {where['commit']}."
 
 
-def gears_table(result: dict[str, Any], n: int, seed: int, batch: int, where: dict[str, str]) -> str:
-    """One row per gear."""
+def gears_table(
+    result: dict[str, Any],
+    n: int,
+    seed: int,
+    where: dict[str, str],
+    times: Mapping[str, Ratio] | None = None,
+    batch: int = 0,
+) -> str:
+    """One row per gear; throughput where `times` were measured, with jobs of `batch` images."""
     first = result["gears"][0].gear
+    low, high = result["floor_interval"]
     rows = [
         [
             s.gear.name,
             f"{s.layer_evals_per_image:.0f}",
             f"{1 - s.layer_evals_ratio:.1%}",
-            f"{1 / s.time_ratio:.2f}x",
+            *([f"{1 / times[s.gear.name].value:.2f}x"] if times else []),
             f"{s.class_accuracy:.1%}",
             f"{s.frechet:.3f} [{s.frechet_low:.3f}, {s.frechet_high:.3f}]",
         ]
         for s in result["gears"]
     ]
-    low, high = result["floor_interval"]
-    rows.append(["real training images", "", "", "", "", f"{result['floor']:.3f} [{low:.3f}, {high:.3f}] (floor)"])
-    header = ["gear", "layer evals / image", "saved", f"throughput, batch {batch}", "classified as label"]
-    table = markdown([*header, "Frechet distance [95 %]"], rows)
+    blank = [""] * (4 if times else 3)
+    rows.append(["real training images", *blank, f"{result['floor']:.3f} [{low:.3f}, {high:.3f}] (floor)"])
+    timed = [f"throughput, batch {batch}"] if times else []
+    header = ["gear", "layer evals / image", "saved", *timed, "classified as label", "Frechet distance [95 %]"]
     how = (
         f"{n} label-balanced images per gear, seed {seed}; {first.solver}, {first.steps} steps, guidance "
         f"{first.guidance:g}, the same noise for every gear."
     )
-    return f"{table}\n\n{how} {origin(where)}"
+    return f"{markdown(header, rows)}\n\n{how} {origin(where)}"
+
+
+def timing_table(timing: Timing) -> str:
+    """Milliseconds of one network call against rows and depth."""
+    header = ["network rows", *(f"{depth} blocks" for depth in timing.depths)]
+    rows = [
+        [str(n), *(f"{value:.1f}" for value in values)]
+        for n, values in zip(timing.rows, timing.milliseconds, strict=True)
+    ]
+    return (
+        f"{markdown(header, rows)}\n\nMilliseconds of one network call, median of turns, one torch thread; a guided "
+        f"image is two rows. A call on n rows takes about as long as one on max({timing.saturation:.1f}, n)."
+    )
 
 
 def spread(found: dict[str, float] | None) -> str:
@@ -102,11 +145,11 @@ def classify_table(
     return table + "\n\n" + " ".join(notes)
 
 
-def write_card(folder: Path, table: str) -> None:
-    """Put a table between the markers of card.md."""
+def write_card(folder: Path, table: str, command: str = "offramp eval --write") -> None:
+    """Put a table between the markers of card.md, in the name of the command that made it."""
     path = folder / "card.md"
-    text = path.read_text() if path.is_file() else f"# {folder.name}\n\n{BEGIN}\n{END}\n"
-    if BEGIN not in text or END not in text:
-        raise StoreError(f"{path} lacks the lines {BEGIN!r} and {END!r} that the numbers go between")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
+    begin, end = f"<!-- numbers: written by `{command}` -->", "<!-- end of numbers -->"
+    text = path.read_text() if path.is_file() else f"# {folder.name}\n\n{begin}\n{end}\n"
+    if NUMBERS.search(text) is None:
+        raise StoreError(f"{path} lacks the lines {begin!r} and {end!r} that the numbers go between")
+    path.write_text(NUMBERS.sub(lambda _: f"{begin}\n\n{table}\n\n{end}", text))

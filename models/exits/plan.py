@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from models.api import ExitSchedule, Gear, UserError
+from models.registry import EXITS, resolve
 
 
 class ScheduleMismatch(UserError):
     """An exit schedule tuned for other weights."""
+
+
+def make(spec: Mapping[str, Any], depth: int | None) -> ExitSchedule:
+    """A schedule from its description in gears.json or a recipe.
+
+    Args:
+        spec: {"exit": name in EXITS, its parameters, "weights": digest}; without `exit` it is a `table`.
+        depth: blocks of the full network; None when only tables are expected.
+    """
+    parameters = {"exit": "table", **spec}
+    name, weights = parameters.pop("exit"), parameters.pop("weights", "")
+    if depth is None and name != "table":
+        raise UserError(f"exit {name!r} needs the depth of the network that it is for")
+    try:
+        made = resolve(EXITS, name)(depth or max(parameters["depths"]), **parameters)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"exit schedule {dict(spec)}: {error}") from None
+    return dataclasses.replace(made, weights=weights)
 
 
 def plan(schedule: ExitSchedule, times: Iterable[float]) -> list[int]:
@@ -16,10 +37,13 @@ def plan(schedule: ExitSchedule, times: Iterable[float]) -> list[int]:
     return [schedule.depth(float(u)) for u in times]
 
 
-def check(gear: Gear, weights: str, depth: int) -> None:
-    """Refuse a gear whose schedule was tuned for other weights or asks for more blocks than there are."""
+def check(gear: Gear, weights: str, depth: int, force: bool = False) -> None:
+    """Refuse a gear whose schedule was tuned for other weights or asks for more blocks than there are.
+
+    `force` accepts other weights, never more blocks.
+    """
     schedule = gear.schedule
-    if schedule.weights and schedule.weights != weights:
+    if schedule.weights and schedule.weights != weights and not force:
         raise ScheduleMismatch(
             f"gear {gear.name!r} was tuned for weights {schedule.weights[:12]}, the model has {weights[:12]}: "
             "re-run `offramp train exits`, or remove the gear from gears.json"

@@ -1,22 +1,24 @@
 """The coefficient row that every solver fills: one per network evaluation, float64.
 
-    net input  c_in x at time t;  o = net output
+    net input  c_in x at time t;  o, v = net output, learned variance (if any)
     m  = clamp(c_x x + c_o o, -clip, clip)                 usually the denoised estimate
     y  = k_x x + k_m m + k_1 h1 + k_2 h2 + k_s s           corrector / re-anchoring
-    x' = a_y y + a_o o + a_m m + a_1 h1 + a_2 h2 + a_s s + a_n exp(lv0 / 2) z
+    x' = a_y y + a_o o + a_m m + a_1 h1 + a_2 h2 + a_s s + a_n exp((f lv1 + (1 - f) lv0) / 2) z
     (x, s, h1, h2) <- (x', y, m, h1)
 
-`lv1` is the other end of the learned log-variance range; without learned variance lv0 = lv1 = 0.
+f = (v + 1) / 2 places the log-variance between lv0 and lv1; without learned variance both are 0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from models.solvers.base import Point, Process, Row
 
 FIELDS = (
     *("t", "c_in", "c_x", "c_o", "clip"),
@@ -30,47 +32,21 @@ Table = NDArray[np.float64]  # (evaluations, len(FIELDS))
 
 
 @dataclass(frozen=True)
-class Process:
-    """Variance-preserving cosine process, continuous in u: alpha = cos(pi u / 2), sigma = sin(pi u / 2).
+class Trajectory:
+    """A whole run of a solver, fixed at admission.
 
-    `prediction` is what the network outputs; `clip` bounds the denoised estimate.
+    Attributes:
+        coef: coefficient rows, float64 (evaluations, len(FIELDS)); column `t` is the network's time.
+        u: diffusion time in [0, 1] of each evaluation (evaluations,); exit schedules go by it.
+        scale: standard deviation of the initial state.
     """
 
-    prediction: str = "v"
-    clip: float = math.inf
-
-    def __post_init__(self) -> None:
-        if self.prediction != "v":
-            raise ValueError(f"prediction {self.prediction!r} is not supported; supported: v")
-
-    def alpha(self, u: float) -> float:
-        """Signal scale at time u; exactly 0 at u = 1."""
-        return 0.0 if u >= 1.0 else math.cos(0.5 * math.pi * u)
-
-    def sigma(self, u: float) -> float:
-        """Noise scale at time u; exactly 0 at u = 0."""
-        return 0.0 if u <= 0.0 else math.sin(0.5 * math.pi * u)
-
-    def denoise(self, u: float) -> dict[str, float]:
-        """Coefficients of the denoised estimate from a v output: m = alpha x - sigma v."""
-        return {"t": u, "c_x": self.alpha(u), "c_o": -self.sigma(u), "clip": self.clip}
+    coef: Table
+    u: NDArray[np.float64]
+    scale: float
 
 
-def log_snr_half(alpha: float, sigma: float) -> float:
-    """lambda = ln(alpha / sigma), with its limits."""
-    if sigma == 0.0:
-        return math.inf
-    return -math.inf if alpha == 0.0 else math.log(alpha / sigma)
-
-
-def uniform_grid(steps: int) -> NDArray[np.float64]:
-    """Times (steps + 1,), from 1 down to 0 in equal steps."""
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    return 1.0 - np.arange(steps + 1) / steps
-
-
-def fill(rows: list[dict[str, float]]) -> Table:
+def fill(rows: Sequence[Row]) -> Table:
     """Coefficient dicts -> table (evaluations, fields); what a row does not name keeps its default."""
     table = np.zeros((len(rows), len(FIELDS)))
     for name, value in DEFAULTS.items():
@@ -81,4 +57,13 @@ def fill(rows: list[dict[str, float]]) -> Table:
     return table
 
 
-Solver = Callable[[Process, NDArray[np.float64]], Table]
+def assemble(process: Process, evaluations: Sequence[tuple[Point, Row]], scale: float) -> Trajectory:
+    """Where the network is evaluated, and what follows, completed by the conversion of its output."""
+    coef = fill([process.denoise(point) | row for point, row in evaluations])
+    return Trajectory(coef, np.array([point.u for point, _ in evaluations]), scale)
+
+
+def transfer(here: Point, there: Point) -> Row:
+    """x' = alpha' m + sigma' (x - alpha m) / sigma: the same estimate and noise, at another time."""
+    ratio = there.sigma / here.sigma
+    return {"a_y": ratio, "a_m": there.alpha - here.alpha * ratio}

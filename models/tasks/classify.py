@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from models.api import ClassifiedRow, ClassifyWork, ModelInfo, StepStats
+from models.api import ClassifiedRow, ClassifyWork, ModelInfo, Runtime, StepStats
 from models.registry import METHODS, resolve
 from models.store import read_config
 from models.tasks.classifier import Classifier, load_classifier, to_pixels
@@ -83,8 +83,8 @@ class ClassifyTask:
         return receipt
 
 
-def load(folder: Path, slots: int, device: str) -> ClassifyTask:
-    """An ensemble folder, with the bridge beside it, as a Task with `slots` slots."""
+def load(folder: Path, slots: int, device: str, _: Runtime = Runtime()) -> ClassifyTask:
+    """An ensemble folder, with the bridge beside it, as a Task with `slots` slots; always run eagerly."""
     classifier = load_classifier(folder)
     costs = classifier.costs()
     config, where = read_config(folder, "ensemble"), pick_device(device)

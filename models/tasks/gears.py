@@ -5,32 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from models.api import ExitSchedule, Gear
+from models.api import Gear, SolverOptions
+from models.exits.plan import make
 from models.store import StoreError, read_json, write_json
 
 
-def read_gears(folder: Path) -> tuple[tuple[Gear, ...], str]:
-    """The gears of a model folder and the default's name."""
+def read_gears(folder: Path, depth: int | None = None) -> tuple[tuple[Gear, ...], str]:
+    """The gears of a model folder and the default's name.
+
+    `depth` is that of the network; without it only schedules written as tables can be read.
+    """
     path = folder / "gears.json"
     data = read_json(path)
     if data.get("version") != 1:
         raise StoreError(f"{path}: version {data.get('version')!r} is not supported; supported: 1")
-    gears = tuple(_gear(entry, path) for entry in data["gears"])
+    gears = tuple(_gear(entry, depth, path) for entry in data["gears"])
     names = [gear.name for gear in gears]
     if data["default"] not in names or "full" not in names:
         raise StoreError(f"{path}: needs a gear named full, and a default among {names}")
     return gears, data["default"]
 
 
-def _gear(entry: dict[str, Any], path: Path) -> Gear:
+def _gear(entry: dict[str, Any], depth: int | None, path: Path) -> Gear:
     try:
-        schedule = entry["schedule"]
         return Gear(
             name=entry["name"],
-            schedule=ExitSchedule(tuple(schedule["edges"]), tuple(schedule["depths"]), schedule.get("weights", "")),
+            schedule=make(entry["schedule"], depth),
             solver=entry["solver"],
             steps=entry["steps"],
             guidance=entry["guidance"],
+            solver_options=SolverOptions(**entry.get("solver_options", {})),
+            guidance_interval=tuple(entry.get("guidance_interval", (0.0, 1.0))),
             layer_evals_ratio=entry.get("layer_evals_ratio"),
             time_ratio=entry.get("time_ratio", {}).get("value"),
             class_accuracy=entry.get("class_accuracy"),

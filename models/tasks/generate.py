@@ -8,168 +8,199 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models.api import GeneratedRow, GenerateWork, ModelInfo, StepStats
-from models.backbones.dit import DiT
-from models.exits.plan import check, plan
-from models.registry import BACKBONES, SOLVERS, resolve
+from models.backbones.interface import Backbone
+from models.backends.interface import Backend
+from models.exits.plan import plan
+from models.registry import SOLVERS, resolve
 from models.solvers.kernel import update
 from models.solvers.noise import normal
-from models.solvers.table import FIELDS, INDEX, Process, uniform_grid
-from models.store import read_config, read_tensors, weights_digest
-from models.tasks.device import pick_device
-from models.tasks.gears import read_gears
+from models.solvers.process import Process
+from models.solvers.table import INDEX
+from models.tasks.decoding import DecodeStage, to_uint8
+from models.tasks.pool import Ints, RowPool
 
 CONDITION_BLOCK = 8
-MAX_STEPS = 1000
+START = -1
 
 
 class GenerateTask:
-    """A generator and its pool of `capacity` slots; see models.api.Task for the contract."""
+    """A generator and its pool of `capacity` slots; see models.api.Task for the contract.
 
-    def __init__(self, info: ModelInfo, model: DiT, process: Process, capacity: int, device: torch.device) -> None:
+    Args:
+        backend: runs the backbone's forward.
+        decoding: the codec's stage; None where states are pixels.
+        guided_channels: channels of the output that guidance acts on; None for all.
+        macs: conv + linear MACs of the network by depth, where a dropped block leaves some to run.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        model: Backbone,
+        process: Process,
+        capacity: int,
+        device: torch.device,
+        *,
+        backend: Backend,
+        decoding: DecodeStage | None = None,
+        guided_channels: int | None = None,
+        macs: dict[int, int] | None = None,
+    ) -> None:
         self.info, self.model, self.process, self.capacity = info, model, process, capacity
-        self.device = device
+        self.device, self.backend, self.decoding = device, backend, decoding
+        self.guided_channels, self.macs = guided_channels, macs
         self.gears = {gear.name: gear for gear in info.gears}
-        pool = (capacity, *model.row_shape)
-        self.x, self.s, self.h1, self.h2 = (torch.zeros(pool, device=self.device) for _ in range(4))
-        self.coef = torch.zeros(capacity, MAX_STEPS, len(FIELDS), device=self.device)
-        self.seeds = torch.zeros(capacity, dtype=torch.int64, device=self.device)
-        self.times = np.zeros((capacity, MAX_STEPS), np.float32)
-        self.depths = np.zeros((capacity, MAX_STEPS), np.int64)
-        self.exits = np.zeros((capacity, MAX_STEPS), np.int64)
-        self.noisy = np.zeros((capacity, MAX_STEPS), bool)
-        self.done = np.zeros(capacity, np.int64)
-        self.labels = np.zeros(capacity, np.int64)
-        self.guidance = np.ones(capacity, np.float32)
+        self.pool = RowPool(capacity, model.row_shape, device)
 
     @torch.inference_mode()
     def admit(self, work: GenerateWork, indices: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
         """Coefficients and depths of every evaluation, and the initial noise."""
-        times = uniform_grid(work.steps)
-        table = resolve(SOLVERS, work.solver)(self.process, times)
-        evaluations = len(table)
-        to, on_device = list(slots), torch.as_tensor(slots, device=self.device)
-        u = table[:, INDEX["t"]]
-        self.times[to, :evaluations] = u
-        self.depths[to, :evaluations] = plan(self.gears[work.gear].schedule, u)
-        self.noisy[to, :evaluations] = table[:, INDEX["a_n"]] > 0
-        self.done[to] = 0
-        self.labels[to] = [work.labels[i] for i in indices]
-        self.guidance[to] = work.guidance
-        self.coef[on_device, :evaluations] = torch.as_tensor(table, dtype=torch.float32, device=self.device)
-        seeds = torch.tensor([work.seeds[i] for i in indices], dtype=torch.int64, device=self.device)
-        self.seeds[on_device] = seeds
-        self.x[on_device] = normal(seeds, torch.full_like(seeds, -1), self.model.row_shape)
-        for history in (self.s, self.h1, self.h2):
-            history[on_device] = 0.0
-        return [evaluations] * len(to)
+        trajectory = resolve(SOLVERS, work.solver)(self.process, work.steps, work.solver_options)
+        low, high = work.guidance_interval
+        seeds = np.array([work.seeds[i] for i in indices], np.int64)
+        keys = self.pool.on_device(seeds)
+        self.pool.place(
+            slots,
+            trajectory,
+            depths=plan(self.gears[work.gear].schedule, trajectory.u),
+            guided=(work.guidance != 1.0) & (trajectory.u >= low) & (trajectory.u <= high),
+            guidance=work.guidance,
+            labels=[work.labels[i] for i in indices],
+            seeds=seeds,
+            noise=normal(keys, torch.full_like(keys, START), self.model.row_shape),
+        )
+        if self.decoding:
+            self.decoding.forget(slots)
+        return [len(trajectory.u) + (self.decoding is not None)] * len(slots)
 
     @torch.inference_mode()
     def step(self, slots: Sequence[int]) -> StepStats:
-        """One network evaluation and one update for every row."""
-        wanted = np.asarray(slots)
-        at = self.done[wanted]
-        order = np.argsort(-self.depths[wanted, at], kind="stable")
-        rows, at = wanted[order], at[order]
-        here, e = torch.as_tensor(rows, device=self.device), torch.as_tensor(at, device=self.device)
-        coef, x = self.coef[here, e], self.x[here]
-        output, ran = self._network(rows, at, x * coef[:, INDEX["c_in"], None, None, None])
-        new = update(coef, x, self.s[here], self.h1[here], self.h2[here], output, self._noise(rows, at, here, e))
-        for pool, value in zip((self.x, self.s, self.h1, self.h2), new, strict=True):
-            pool[here] = value
-        self.exits[rows, at] = ran
-        self.done[rows] += 1
-        return self._stats(rows, at, ran)
+        """One network evaluation and one update for every row that needs one; decodes some of those that do not."""
+        if self.decoding is None:
+            return self._draw(np.asarray(slots))
+        pool, listed = self.pool, np.asarray(slots)
+        drawn = pool.done[listed] >= pool.evaluations[listed]
+        drawing, ready = listed[~drawn], listed[drawn].tolist()
+        chosen = self.decoding.choose(ready, len(drawing))
+        if chosen:
+            self.decoding.decode(chosen, pool.x[pool.on_device(chosen)])
+        waiting = frozenset(ready) - frozenset(chosen)
+        if not len(drawing):
+            return StepStats(rows=len(chosen), decoded=len(chosen), waiting=waiting)
+        return self._draw(drawing, decoded=len(chosen), waiting=waiting)
 
-    def _network(self, rows: np.ndarray, at: np.ndarray, x: Tensor) -> tuple[Tensor, np.ndarray]:
-        """Guided output (N, C, H, W) for rows sorted by depth, and the blocks that each row ran."""
-        guided = self.guidance[rows] != 1.0
-        copies = np.where(guided, 2, 1)
-        source = np.repeat(np.arange(len(rows)), copies)
-        first = np.cumsum(copies) - copies
-        last = first + copies - 1
-        labels = self.labels[rows][source]
-        labels[last[guided]] = self.model.null_label
-        modulation = self._condition(self.times[rows, at][source], labels)
-        depths = self.depths[rows, at][source].tolist()
-        output, per_block = self.model(x[torch.as_tensor(source, device=self.device)], modulation, depths)
-        ran = (np.asarray(per_block)[None, :] > np.arange(len(source))[:, None]).sum(1)
-        conditional = output[torch.as_tensor(first, device=self.device)]
-        unconditional = output[torch.as_tensor(last, device=self.device)]
-        scale = torch.as_tensor(self.guidance[rows], device=self.device)[:, None, None, None]
-        return unconditional + scale * (conditional - unconditional), ran[first]
-
-    def _condition(self, times: np.ndarray, labels: np.ndarray) -> Tensor:
-        """Modulation (N, ...) of network rows: each distinct (time, label) once, in blocks of fixed shape.
-
-        One-token matmuls give other bits at other batch sizes; a fixed shape keeps a row's bits its own.
-        """
-        keys = np.stack([times.view(np.int32).astype(np.int64), labels])
-        distinct, inverse = np.unique(keys, axis=1, return_inverse=True)
-        count = distinct.shape[1]
-        padded = np.pad(distinct, ((0, 0), (0, -count % CONDITION_BLOCK)), mode="edge")
-        u = torch.as_tensor(padded[0].astype(np.int32).view(np.float32), device=self.device)
-        y = torch.as_tensor(padded[1], device=self.device)
-        blocks = [
-            self.model.condition(*block)
-            for block in zip(u.split(CONDITION_BLOCK), y.split(CONDITION_BLOCK), strict=True)
-        ]
-        return torch.cat(blocks)[torch.as_tensor(inverse.reshape(-1), device=self.device)]
-
-    def _noise(self, rows: np.ndarray, at: np.ndarray, here: Tensor, e: Tensor) -> Tensor:
-        """Noise of the rows whose update adds some, zeros elsewhere."""
-        z = torch.zeros(len(rows), *self.model.row_shape, device=self.device)
-        noisy = np.flatnonzero(self.noisy[rows, at])
-        if len(noisy):
-            some = torch.as_tensor(noisy, device=self.device)
-            z[some] = normal(self.seeds[here[some]], e[some], self.model.row_shape)
-        return z
-
-    def _network_rows(self, rows: np.ndarray) -> np.ndarray:
-        return np.where(self.guidance[rows] != 1.0, 2, 1)
-
-    def _stats(self, rows: np.ndarray, at: np.ndarray, ran: np.ndarray) -> StepStats:
-        copies = self._network_rows(rows)
-        bins = np.minimum((self.times[rows, at] * 10).astype(int), 9)
+    def _draw(self, slots: Ints, decoded: int = 0, waiting: frozenset[int] = frozenset()) -> StepStats:
+        pool = self.pool
+        rows, at = pool.by_depth(slots)
+        here, e = pool.on_device(rows), pool.on_device(at)
+        coef, x = pool.coef[here, e], pool.x[here]
+        o, v, ran = self._network(rows, at, x * coef[:, INDEX["c_in"], None, None, None])
+        new = update(coef, x, pool.s[here], pool.h1[here], pool.h2[here], o, self._noise(rows, at), v)
+        for state, value in zip((pool.x, pool.s, pool.h1, pool.h2), new, strict=True):
+            state[here] = value
+        pool.ran[rows, at] = ran
+        pool.done[rows] += 1
+        if self.decoding:
+            self.decoding.enter(rows[pool.done[rows] == pool.evaluations[rows]].tolist())
+        copies, bins = pool.copies[rows, at], np.minimum((pool.u[rows, at] * 10).astype(int), 9)
         return StepStats(
-            rows=len(rows),
+            rows=len(rows) + decoded,
+            decoded=decoded,
+            waiting=waiting,
             layer_evals=int((ran * copies).sum()),
             layer_evals_full=int(self.model.depth * copies.sum()),
             depth_counts=Counter(zip(bins.tolist(), ran.tolist(), strict=True)),
         )
 
+    def _network(self, rows: Ints, at: Ints, x: Tensor) -> tuple[Tensor, Tensor | None, Ints]:
+        """Guided output and learned variance (N, C, H, W) of rows sorted by depth, and the blocks that each ran.
+
+        A guided row is two network rows, side by side, the unconditional one second.
+        """
+        pool = self.pool
+        copies = pool.copies[rows, at]
+        source = np.repeat(np.arange(len(rows)), copies)
+        first = np.cumsum(copies) - copies
+        last = first + copies - 1
+        labels = pool.label[rows][source]
+        labels[last[copies == 2]] = self.model.null_label
+        condition = self._condition(pool.t[rows, at][source], labels)
+        depths = pool.depth[rows, at][source].tolist()
+        output, per_block = self.backend(x[pool.on_device(source)], condition, depths)
+        ran = (np.asarray(per_block)[None, :] > np.arange(len(source))[:, None]).sum(1)
+        conditional, variance = output[pool.on_device(first)], None
+        if self.model.learned_variance:
+            conditional, variance = conditional.chunk(2, dim=1)
+        if len(source) > len(rows):
+            plain = output[pool.on_device(last)][:, : conditional.shape[1]]
+            scale = torch.as_tensor(pool.guidance[rows], device=self.device)[:, None, None, None]
+            conditional = self._guide(conditional, plain, scale)
+        return conditional, variance, ran[first]
+
+    def _guide(self, conditional: Tensor, plain: Tensor, scale: Tensor) -> Tensor:
+        """Classifier-free guidance; where a row has no unconditional output of its own, `plain` is its own."""
+        guided = plain + scale * (conditional - plain)
+        if self.guided_channels is None:
+            return guided
+        return torch.cat([guided[:, : self.guided_channels], conditional[:, self.guided_channels :]], dim=1)
+
+    def _condition(self, times: NDArray[np.float32], labels: Ints) -> Tensor:
+        """Conditioning (N, ...) of network rows: each distinct (time, label) once, in blocks of fixed shape.
+
+        One-token matmuls give other bits at other batch sizes; a fixed shape keeps a row's bits its own.
+        """
+        keys = np.stack([times.view(np.int32).astype(np.int64), labels])
+        distinct, inverse = np.unique(keys, axis=1, return_inverse=True)
+        padded = np.pad(distinct, ((0, 0), (0, -distinct.shape[1] % CONDITION_BLOCK)), mode="edge")
+        t = torch.as_tensor(padded[0].astype(np.int32).view(np.float32), device=self.device)
+        y = torch.as_tensor(padded[1], device=self.device)
+        blocks = [
+            self.backend.condition(*block)
+            for block in zip(t.split(CONDITION_BLOCK), y.split(CONDITION_BLOCK), strict=True)
+        ]
+        return torch.cat(blocks)[self.pool.on_device(inverse.reshape(-1))]
+
+    def _noise(self, rows: Ints, at: Ints) -> Tensor:
+        """Noise of the rows whose update adds some, zeros elsewhere."""
+        pool = self.pool
+        z = torch.zeros(len(rows), *self.model.row_shape, device=self.device)
+        noisy = np.flatnonzero(pool.noisy[rows, at])
+        if len(noisy):
+            seeds, evaluations = pool.on_device(pool.seed[rows[noisy]]), pool.on_device(at[noisy])
+            z[pool.on_device(noisy)] = normal(seeds, evaluations, self.model.row_shape)
+        return z
+
     @torch.inference_mode()
     def collect(self, slots: Sequence[int]) -> Sequence[GeneratedRow]:
         """Finished rows as uint8 pixels (H, W, C) with what they cost."""
-        x = self.x[torch.as_tensor(slots, device=self.device)].clamp(-1, 1)
-        pixels = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        copies = self._network_rows(np.asarray(slots))
-        made = []
-        for image, slot, n in zip(pixels, slots, copies.tolist(), strict=True):
-            exits = self.exits[slot, : self.done[slot]].tolist()
-            made.append(
-                GeneratedRow(
-                    pixels=image,
-                    label=int(self.labels[slot]),
-                    seed=int(self.seeds[slot]),
-                    exit_depths=tuple(exits),
-                    layer_evals=n * sum(exits),
-                    layer_evals_full=n * self.model.depth * len(exits),
-                )
-            )
-        return made
+        pool = self.pool
+        pixels = self.decoding.pixels[list(slots)] if self.decoding else to_uint8(pool.x[pool.on_device(slots)])
+        return [self._row(slot, image) for slot, image in zip(slots, pixels, strict=True)]
+
+    def _row(self, slot: int, pixels: NDArray[np.uint8]) -> GeneratedRow:
+        pool, n = self.pool, self.pool.done[slot]
+        ran, copies = pool.ran[slot, :n], pool.copies[slot, :n]
+        return GeneratedRow(
+            pixels=pixels,
+            label=int(pool.label[slot]),
+            seed=int(pool.seed[slot]),
+            exit_depths=tuple(ran.tolist()),
+            layer_evals=int((ran * copies).sum()),
+            layer_evals_full=int(self.model.depth * copies.sum()),
+        )
 
     def receipt(self, work: GenerateWork, rows: Sequence[GeneratedRow]) -> dict[str, object]:
         """What the answer cost, as counted by the executor."""
         ran, whole = sum(r.layer_evals for r in rows), sum(r.layer_evals_full for r in rows)
         exits = sorted({r.exit_depths for r in rows})
-        return {
+        made: dict[str, object] = {
             "gear": work.gear,
             "solver": work.solver,
             "steps": work.steps,
@@ -181,35 +212,9 @@ class GenerateTask:
             "layer_evals_full": whole,
             "compute_saved": (whole - ran) / whole,
         }
-
-
-def load_model(folder: Path) -> tuple[DiT, dict[str, object], str]:
-    """The network of a generator folder (eval mode, float32), its config and weights digest."""
-    config = read_config(folder, "generator")
-    model: DiT = resolve(BACKBONES, config["backbone"]).from_config(config["network"])
-    for name in config["files"]:
-        model.load_state_dict(read_tensors(folder, name, config["files"]))
-    return model.eval().requires_grad_(False), config, weights_digest(config["files"])
-
-
-def load(folder: Path, slots: int, device: str) -> GenerateTask:
-    """A generator folder as a Task with `slots` slots."""
-    model, config, weights = load_model(folder)
-    gears, default = read_gears(folder)
-    for gear in gears:
-        check(gear, weights, model.depth)
-    channels, height, width = model.row_shape
-    info = ModelInfo(
-        name=str(config["name"]),
-        task="generate",
-        labels=tuple(config["labels"]),  # type: ignore[arg-type]
-        image=(height, width, channels),
-        weights=weights,
-        description=str(config.get("description", "")),
-        depth=model.depth,
-        gears=gears,
-        default_gear=default,
-    )
-    where = pick_device(device)
-    process = Process(**config["process"])  # type: ignore[arg-type]
-    return GenerateTask(info, model.to(where), process, slots, where)
+        if options := work.solver_options.given():
+            made["solver_options"] = options
+        if self.macs is not None:
+            macs = [self.macs[depth] for row in rows for depth in row.exit_depths]
+            made["macs_saved"] = 1 - sum(macs) / (self.macs[self.model.depth] * len(macs))
+        return made

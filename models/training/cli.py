@@ -14,7 +14,7 @@ from models.evaluation.classify import calibrate, choose_bridge
 from models.store import read_config, weights_digest, write_json, write_model
 from models.tasks.classifier import load_members
 from models.tasks.gears import write_gears
-from models.tasks.generate import load_model
+from models.tasks.generator import load_model
 from models.training import bridge as bridges
 from models.training.data import splits
 from models.training.diffusion import DiffusionRecipe, model_config, train_diffusion

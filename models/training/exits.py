@@ -1,14 +1,16 @@
-"""Fine-tune a diffusion transformer so that one set of weights serves several exit schedules.
+"""Fine-tune a diffusion backbone so that one set of weights serves several exit schedules.
 
 Moon et al. (ICML 2024): rows at time u run the first S(u) blocks and the shared head; the loss is the
 diffusion loss; the time embedder is frozen; the averaged weights are kept. Ours: depths drawn uniformly
-first (`explore`), schedules then spend depth where a shallower exit costs most (`allocate`), and rows of all
-gears share every minibatch (sorted-prefix, so dropped blocks are not computed).
+first (`explore`), schedules optimised on the errors measured then, rows of all gears in every minibatch
+(sorted-prefix, so dropped blocks are not computed), and, at will, the full-depth output as a second target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,29 +20,37 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.api import ExitSchedule
-from models.backbones.dit import DiT
+from models.api import ExitSchedule, UserError
+from models.backbones.interface import Backbone
+from models.exits.optimise import equal_edges, optimise, to_schedule, uniform_times, visits
+from models.exits.plan import make, plan
 from models.training.checkpoint import append_log
 from models.training.data import Images, Labels
 from models.training.diffusion import Batches, perturb, sample_times
 from models.training.loop import Optim, Trained, train
 
 Depths = Callable[[NDArray[np.float64]], NDArray[np.int64]]
+SNR_CLIP = 5.0
 
 
 @dataclass(frozen=True)
 class ExitsRecipe:
     """`offramp train exits`, from model `base` of the output folder.
 
-    `gears`: name -> share of blocks to run on average, 1.0 for full depth.
+    `gears`: name -> share of the blocks of a trajectory (1.0 is full depth, less is optimised), or an exit of
+    models.registry.EXITS with its parameters, such as {exit = "ase", name = "demo"}.
+    `explore`: steps at uniform depths before errors are measured; 0 where `base` knows its exits already.
+    `loss_weight`: lambda(u): "none", "snr_clip" (Hang et al., ICCV 2023, v-prediction), or one number per tenth of u.
+    `distill`: share of the loss that is against the `teacher`'s full-depth output, for rows that leave early;
+    the teacher is the `start` or the `ema` of this run.
     `solver`, `steps`, `guidance`: every gear's defaults.
     """
 
     name: str
     base: str
-    explore: Optim
     optim: Optim
-    gears: dict[str, float]
+    gears: dict[str, Any]
+    explore: Optim = Optim(steps=0)
     default: str = "balanced"
     solver: str = "dpmpp_2m"
     steps: int = 20
@@ -50,6 +60,9 @@ class ExitsRecipe:
     full_share: float = 0.3
     label_dropout: float = 0.1
     logit_normal: float = 0.5
+    loss_weight: object = "none"
+    distill: float = 0.0
+    teacher: str = "start"
     bf16: bool = True
     seed: int = 1
 
@@ -60,11 +73,38 @@ def sorted_rows(depths: NDArray[np.int64]) -> tuple[Tensor, list[int]]:
     return torch.from_numpy(order), depths[order].tolist()
 
 
+def loss_weights(kind: object, u: Tensor) -> Tensor:
+    """lambda(u) of times (n,), with mean near 1 over uniform times."""
+    if kind == "none":
+        return torch.ones_like(u)
+    if kind == "snr_clip":
+        grid = (torch.arange(1000) + 0.5) / 1000
+        return snr_clip(u) / snr_clip(grid).mean()
+    if not isinstance(kind, Sequence) or isinstance(kind, str):
+        raise UserError(f"loss_weight must be none, snr_clip or numbers per bin, got {kind!r}")
+    table = torch.tensor(kind, dtype=torch.float32)
+    return table[(u * len(table)).long().clamp(max=len(table) - 1)] / table.mean()
+
+
+def snr_clip(u: Tensor) -> Tensor:
+    """min(SNR, gamma) / (SNR + 1) of the cosine process: the clipped x0 weight for a v loss."""
+    snr = (1 / torch.tan(0.5 * math.pi * u)).square()
+    return snr.clamp(max=SNR_CLIP) / (snr + 1)
+
+
 def fine_tune(
-    model: DiT, recipe: ExitsRecipe, optim: Optim, batches: Batches, choose: Depths, out: Path, label: str
+    model: Backbone, recipe: ExitsRecipe, optim: Optim, batches: Batches, choose: Depths, out: Path, label: str
 ) -> Trained:
-    """Train with a depth per row chosen from its time; the time embedder stays frozen."""
-    n = optim.batch
+    """Train with a depth per row chosen from its time; what `frozen_in_exits` names stays frozen."""
+    if not 0 <= recipe.distill <= 1 or recipe.teacher not in ("start", "ema"):
+        raise UserError("distill must be in [0, 1] and teacher either start or ema")
+    n, full = optim.batch, model.depth
+    ema = copy.deepcopy(model).requires_grad_(False)
+    teacher = ema if recipe.teacher == "ema" else copy.deepcopy(ema)
+
+    def full_depth(x: Tensor, u: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            return teacher(x, teacher.condition(u, y), [full] * len(x))[0].float()
 
     def loss(step: int) -> Tensor:
         x0, y = batches.draw(n)
@@ -72,15 +112,23 @@ def fine_tune(
         order, depths = sorted_rows(choose(u.double().numpy()))
         x0, y, u = x0[order], y[order], u[order]
         x, v = perturb(x0, u)
+        target = v
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
             guess, _ = model(x, model.condition(u, y), depths)
-        return (guess.float() - v).square().mean()
+            early = sum(d == full for d in depths)
+            if recipe.distill and early < n:
+                taught = torch.lerp(v[early:], full_depth(x[early:], u[early:], y[early:]), recipe.distill)
+                target = torch.cat([v[:early], taught])
+        per_row = (guess.float() - target).square().mean((1, 2, 3))
+        return (loss_weights(recipe.loss_weight, u) * per_row).mean()
 
-    return train(model, optim, loss, out, label=label, freeze=[model.time1, model.time2])
+    return train(model, optim, loss, out, label=label, freeze=model.frozen_in_exits(), ema=ema)
 
 
 @torch.no_grad()
-def error_table(model: DiT, batches: Batches, depths: list[int], bins: int, rows: int = 512) -> NDArray[np.float64]:
+def error_table(
+    model: Backbone, batches: Batches, depths: Sequence[int], bins: int, rows: int = 512
+) -> NDArray[np.float64]:
     """Mean squared v error (len(depths), bins): the same images and noise at every depth."""
     model.eval()
     table = np.zeros((len(depths), bins))
@@ -95,66 +143,60 @@ def error_table(model: DiT, batches: Batches, depths: list[int], bins: int, rows
     return table
 
 
-def allocate(errors: NDArray[np.float64], depths: list[int], mean_depth: float) -> list[int]:
-    """Depth per bin, mean at most `mean_depth`: lower, again and again, the bin where a block less costs least.
-
-    Args:
-        errors: (len(depths), bins) as `error_table` gives; `depths` rises by one per row.
-        mean_depth: blocks to run on average over uniform times.
-    """
-    bins = errors.shape[1]
-    level = [len(depths) - 1] * bins
-    while sum(depths[i] for i in level) > mean_depth * bins + 1e-9:
-        costs = [errors[level[b] - 1, b] - errors[level[b], b] if level[b] else np.inf for b in range(bins)]
-        cheapest = int(np.argmin(costs))
-        if not np.isfinite(costs[cheapest]):
-            raise ValueError(f"mean depth {mean_depth} is below the shallowest exit {depths[0]}")
-        level[cheapest] -= 1
-    return [depths[i] for i in level]
-
-
-def to_schedule(per_bin: list[int]) -> ExitSchedule:
-    """Equal bins of u, neighbours of equal depth joined."""
-    bins = len(per_bin)
-    edges = [(b + 1) / bins for b in range(bins) if b + 1 == bins or per_bin[b + 1] != per_bin[b]]
-    depths = [per_bin[b] for b in range(bins) if b + 1 == bins or per_bin[b + 1] != per_bin[b]]
-    return ExitSchedule(tuple(edges), tuple(depths))
+def schedules(recipe: ExitsRecipe, depth: int, errors: Callable[[Sequence[int]], NDArray[np.float64]]) -> Any:
+    """A schedule per gear of the recipe; `errors` measures the cost table of depths when a share asks for it."""
+    depths = list(range(recipe.shallowest, depth + 1))
+    shares = [share for share in recipe.gears.values() if not isinstance(share, Mapping) and share < 1]
+    costs = errors(depths) if shares else None
+    evaluations = visits(uniform_times(recipe.steps), recipe.bins)
+    made: dict[str, ExitSchedule] = {}
+    for name, wanted in recipe.gears.items():
+        if isinstance(wanted, Mapping):
+            made[name] = make(wanted, depth)
+        elif wanted >= 1 or costs is None:
+            made[name] = make({"exit": "full"}, depth)
+        else:
+            budget = round(wanted * depth * recipe.steps)
+            made[name] = to_schedule(optimise(costs, depths, evaluations, budget))
+    return made
 
 
 def train_exits(
-    model: DiT, recipe: ExitsRecipe, images: Images, labels: Labels, out: Path
-) -> tuple[DiT, dict[str, ExitSchedule], dict[str, Any]]:
-    """Explore, allocate, fine-tune. Returns the averaged network, a schedule per gear, the summary."""
+    model: Backbone, recipe: ExitsRecipe, images: Images, labels: Labels, out: Path
+) -> tuple[Backbone, dict[str, ExitSchedule], dict[str, Any]]:
+    """Explore, optimise, fine-tune. Returns the averaged network, a schedule per gear, the summary."""
     torch.manual_seed(recipe.seed)
     batches = Batches(images, labels, model.null_label, recipe.label_dropout)
-    depths = list(range(recipe.shallowest, model.depth + 1))
 
     def anywhere(u: NDArray[np.float64]) -> NDArray[np.int64]:
         return torch.randint(recipe.shallowest, model.depth + 1, (len(u),)).numpy()
 
     explored = fine_tune(model, recipe, recipe.explore, batches, anywhere, out / "explore", "explore")
-    assert isinstance(explored.ema, DiT)
-    errors = error_table(explored.ema, batches, depths, recipe.bins)
-    per_bin = {
-        name: [model.depth] * recipe.bins if share >= 1 else allocate(errors, depths, share * model.depth)
-        for name, share in recipe.gears.items()
-    }
-    append_log(out, errors=errors.tolist(), depths=depths, gears=per_bin)
-    table = np.array(list(per_bin.values()))
-    lighter = [i for i, share in enumerate(recipe.gears.values()) if share < 1]
+    assert isinstance(explored.ema, Backbone)
+    knowing = explored.ema
+
+    def errors(depths: Sequence[int]) -> NDArray[np.float64]:
+        table = error_table(knowing, batches, depths, recipe.bins)
+        append_log(out, errors=table.tolist(), depths=list(depths))
+        return table
+
+    chosen = schedules(recipe, model.depth, errors)
+    lighter = [schedule for schedule in chosen.values() if min(schedule.depths) < model.depth]
 
     def by_gear(u: NDArray[np.float64]) -> NDArray[np.int64]:
-        gear = np.array(lighter)[torch.randint(len(lighter), (len(u),)).numpy()]
-        bins = np.minimum((u * recipe.bins).astype(int), recipe.bins - 1)
-        return np.where(torch.rand(len(u)).numpy() < recipe.full_share, model.depth, table[gear, bins])
+        gear = torch.randint(max(1, len(lighter)), (len(u),)).numpy()
+        early = np.array([plan(schedule, u) for schedule in lighter or [make({"exit": "full"}, model.depth)]])
+        whole = torch.rand(len(u)).numpy() < recipe.full_share
+        return np.where(whole, model.depth, early[gear, np.arange(len(u))])
 
-    student = explored.ema.requires_grad_(True)
-    tuned = fine_tune(student, recipe, recipe.optim, batches, by_gear, out / "gears", "gears")
-    assert isinstance(tuned.ema, DiT)
+    tuned = fine_tune(knowing.requires_grad_(True), recipe, recipe.optim, batches, by_gear, out / "gears", "gears")
+    assert isinstance(tuned.ema, Backbone)
+    per_bin = {name: plan(s, [e - 0.5 / recipe.bins for e in equal_edges(recipe.bins)]) for name, s in chosen.items()}
+    append_log(out, gears=per_bin)
     summary = {
         "loss": tuned.loss,
         "seconds": explored.seconds + tuned.seconds,
         "steps": recipe.explore.steps + recipe.optim.steps,
         "schedules": per_bin,
     }
-    return tuned.ema, {name: to_schedule(bins) for name, bins in per_bin.items()}, summary
+    return tuned.ema, chosen, summary

@@ -79,16 +79,19 @@ def train(
     *,
     label: str,
     freeze: Iterable[nn.Module] = (),
+    ema: nn.Module | None = None,
 ) -> Trained:
     """Run `loss(step).backward()` for `optim.steps` steps, resuming from a checkpoint in `out`.
 
-    `loss` draws its own batch, from torch's global generator, which is checkpointed with the rest.
+    `loss` draws its own batch, from torch's global generator, which is checkpointed with the rest. `ema`: a copy of
+    `model` to average into, for a loss that looks at it.
     """
     for module in freeze:
         module.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(optim, parameters)
-    ema = copy.deepcopy(model).requires_grad_(False)
+    ema = copy.deepcopy(model) if ema is None else ema
+    ema.requires_grad_(False)
     resumed = load_checkpoint(out, model, ema, optimizer)
     start, mean = resumed.step, resumed.loss
     model.train()

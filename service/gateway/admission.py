@@ -19,7 +19,8 @@ Work = GenerateWork | ClassifyWork
 def price(work: Work, info: ModelInfo) -> int:
     """Planned cost of a job, at least 1: layer evaluations (generate) or network calls (classify)."""
     if isinstance(work, GenerateWork):
-        planned = planned_layer_evals(pick_gear(info, work.gear), work.steps, work.guidance, work.rows)
+        gear = pick_gear(info, work.gear)
+        planned = planned_layer_evals(gear, work.steps, work.guidance, work.rows, work.solver, work.guidance_interval)
     else:
         planned = info.calls.get(work.method, 1) * work.rows
     return max(1, planned)
@@ -68,5 +69,5 @@ def _job(gateway: Gateway, info: ModelInfo, work: Work) -> Job:
 
 def _raise_failure(result: Result) -> None:
     if result.failure:
-        field = "deadline_ms" if result.outcome == "expired" else None
+        field = "deadline_ms" if result.outcome == "expired" else result.failure.field
         raise by_code().get(result.failure.code, JobFailed)(result.failure.message, field=field)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, cast
+from dataclasses import replace
+from typing import Any, Literal, cast
 
 from models.api import (
     SEED_LIMIT,
@@ -16,8 +17,10 @@ from models.api import (
     ImageFormat,
     MethodName,
     ModelInfo,
+    SolverName,
+    SolverOptions,
 )
-from service.errors import NoWorker, UnknownName
+from service.errors import BadRequest, NoWorker, UnknownName
 
 AUTO = "auto"
 _MASK = 2**64 - 1
@@ -43,8 +46,16 @@ def generate_work(params: GenerateParams, info: ModelInfo, image_format: ImageFo
     that this seed hashes to: one image's label never depends on its neighbours.
     """
     gear = pick_gear(info, params.gear)
-    asked = {"solver": params.solver, "steps": params.steps, "guidance": params.guidance}
-    overrides = tuple(key for key, value in asked.items() if value not in (None, getattr(gear, key)))
+    solver = pick_solver(info, params.solver or gear.solver)
+    mine = gear.solver_options if solver == gear.solver else SolverOptions()
+    asked: dict[str, Any] = {
+        "solver": solver,
+        "steps": params.steps,
+        "solver_options": mine if params.solver_options is None else merged(mine, params.solver_options),
+        "guidance": params.guidance,
+        "guidance_interval": pick_interval(params.guidance_interval),
+    }
+    chosen = {key: getattr(gear, key) if value is None else value for key, value in asked.items()}
     base = secrets.randbelow(SEED_LIMIT) if params.seed is None else params.seed
     seeds = tuple((base + i) % SEED_LIMIT for i in range(params.n))
     label = None if params.label is None else pick_label(info.labels, params.label)
@@ -52,12 +63,10 @@ def generate_work(params: GenerateParams, info: ModelInfo, image_format: ImageFo
         model=info.name,
         labels=tuple(splitmix64(seed) % len(info.labels) if label is None else label for seed in seeds),
         seeds=seeds,
-        steps=gear.steps if params.steps is None else params.steps,
-        solver=gear.solver if params.solver is None else params.solver,
-        guidance=gear.guidance if params.guidance is None else params.guidance,
         gear=gear.name,
-        overrides=overrides,
+        overrides=tuple(key for key, value in chosen.items() if value != getattr(gear, key)),
         format=image_format,
+        **chosen,
     )
 
 
@@ -81,6 +90,27 @@ def pick_gear(info: ModelInfo, name: str) -> Gear:
     if chosen not in gears:
         raise unknown("gear", name, (AUTO, *gears))
     return gears[chosen]
+
+
+def pick_solver(info: ModelInfo, name: SolverName) -> SolverName:
+    """The solver, if it fits the model's diffusion process."""
+    if info.solvers and name not in info.solvers:
+        raise unknown("solver", name, info.solvers)
+    return name
+
+
+def merged(base: SolverOptions, given: SolverOptions) -> SolverOptions:
+    """`base` with what `given` sets."""
+    return replace(base, **given.given())  # type: ignore[arg-type]
+
+
+def pick_interval(interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The guidance interval, its ends in order."""
+    if interval is not None and interval[0] > interval[1]:
+        raise BadRequest(
+            f"from {interval[0]} to {interval[1]} falls: give the lower end first", field="guidance_interval"
+        )
+    return interval
 
 
 def pick_label(labels: Sequence[str], label: int | str) -> int:

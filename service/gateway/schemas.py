@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import reduce
 from operator import or_
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from models.api import MAX_ROWS, ClassifyParams, GenerateParams, ModelInfo
 
 P = TypeVar("P")
+_DERIVED: dict[type[BaseModel], type[Any]] = {}
 Base64Image = Annotated[str, Field(min_length=1)]
 
 
@@ -27,17 +28,26 @@ def request_model(name: str, params: type[Any], **extra: Any) -> type[BaseModel]
         for f in fields(params)
     }
     config = ConfigDict(extra="forbid", strict=True, title=name)
-    return create_model(name, __config__=config, __doc__=params.__doc__, **extra, **derived)
+    model = create_model(name, __config__=config, __doc__=params.__doc__, **extra, **derived)
+    _DERIVED[model] = params
+    return model
 
 
 def to_params(kind: type[P], model: BaseModel) -> P:
     """The dataclass again, from a validated model derived from it."""
-    return kind(**{f.name: getattr(model, f.name) for f in fields(kind)})  # type: ignore[arg-type]
+    values = {f.name: getattr(model, f.name) for f in fields(kind)}  # type: ignore[arg-type]
+    nested = {k: to_params(_DERIVED[type(v)], v) for k, v in values.items() if isinstance(v, BaseModel)}
+    return kind(**(values | nested))
 
 
 def _constrained(hint: Any, bounds: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         return reduce(or_, (_constrained(member, bounds) for member in get_args(hint)))
+    if isinstance(hint, type) and is_dataclass(hint):
+        return request_model(hint.__name__, hint)
+    if get_origin(hint) is tuple:
+        items = tuple(Annotated[_constrained(item, bounds), Field(strict=True)] for item in get_args(hint))
+        return Annotated[tuple[items], Field(strict=False)]  # type: ignore[valid-type]
     if hint in (int, float):
         finite = False if hint is float else None
         return Annotated[hint, Field(ge=bounds.get("ge"), le=bounds.get("le"), allow_inf_nan=finite)]

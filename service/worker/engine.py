@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from models.api import StepStats, Task
-from service.errors import DeadlineExceeded, JobFailed
+from models.api import StepStats, Task, UserError
+from service.errors import BadRequest, DeadlineExceeded, JobFailed
 from service.metrics import WorkerMetrics
 from service.protocol import Delivery, Failure, Outcome
 from service.worker.rate import DrainRate
@@ -133,7 +133,7 @@ class Engine:
             stats = self.task.step(batch)
         except Exception as error:
             return None, self._fail(self._scheduler.owners(batch), error, "step")
-        self._scheduler.stepped(batch)
+        self._scheduler.stepped([slot for slot in batch if slot not in stats.waiting])
         return stats, []
 
     def _collect(self) -> tuple[list[Finished], float]:
@@ -165,13 +165,16 @@ class Engine:
         return Finished(job.delivery, "expired", failure=failure, queue_s=queue_s, run_s=run_s)
 
     def _fail(self, jobs: Sequence[JobRun], error: Exception, verb: str) -> list[Finished]:
-        log.exception("task failed", extra={"model": self.name, "verb": verb, "jobs": [_id(job) for job in jobs]})
-        message = f"{verb}: {type(error).__name__}: {error}"[:MESSAGE_LIMIT]
+        where = {"model": self.name, "verb": verb, "jobs": [_id(job) for job in jobs]}
+        if isinstance(error, UserError):
+            log.info("job refused", extra=where | {"reason": str(error)})
+        else:
+            log.exception("task failed", extra=where)
+        failure = _failure(error, verb)
         over = []
         for job in jobs:
             self._scheduler.drop(job.attempt)
             queue_s, run_s = self._times(job, self._clock())
-            failure = Failure(JobFailed.code, message, JobFailed.retryable)
             over.append(Finished(job.delivery, "failed", failure=failure, queue_s=queue_s, run_s=run_s))
         return over
 
@@ -188,6 +191,13 @@ def _queue_s(job: JobRun, admitted_ms: float) -> float:
 
 def _id(job: JobRun) -> str:
     return job.delivery.job.id
+
+
+def _failure(error: Exception, verb: str) -> Failure:
+    if isinstance(error, UserError):
+        return Failure(BadRequest.code, str(error), BadRequest.retryable, error.field)
+    message = f"{verb}: {type(error).__name__}: {error}"[:MESSAGE_LIMIT]
+    return Failure(JobFailed.code, message, JobFailed.retryable)
 
 
 def _admission_stats(plan: Plan) -> StepStats:

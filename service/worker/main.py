@@ -15,7 +15,7 @@ from secrets import token_hex
 from types import FrameType
 from typing import Any
 
-from models.api import Task
+from models.api import Runtime, Task
 from models.registry import TASKS, resolve
 from service.config import ConfigError, Settings
 from service.metrics import WorkerMetrics
@@ -106,9 +106,12 @@ def model_folders(settings: Settings) -> list[tuple[Path, str]]:
 def load_tasks(settings: Settings) -> list[Task[Any, Any]]:
     """Every model of the settings, loaded on its device with its slots."""
     tasks: dict[str, Task[Any, Any]] = {}
+    runtime = Runtime(
+        settings.backend, settings.backend_budget_s, str(settings.cache_dir.resolve()), settings.force_schedules
+    )
     for folder, name in model_folders(settings):
         try:
-            task = resolve(TASKS, name)(folder, settings.slots, settings.device)
+            task = resolve(TASKS, name)(folder, settings.slots, settings.device, runtime)
         except ModuleNotFoundError as error:
             if error.name not in ("torch", "safetensors"):
                 raise
@@ -119,7 +122,8 @@ def load_tasks(settings: Settings) -> list[Task[Any, Any]]:
         if task.info.name in tasks:
             raise ConfigError(f"two model folders are named {task.info.name!r}: {folder} is the second; rename one")
         tasks[task.info.name] = task
-        log.info("model loaded", extra={"model": task.info.name, "folder": folder, "weights": task.info.weights[:12]})
+        said = {"model": task.info.name, "folder": folder, "weights": task.info.weights[:12]}
+        log.info("model loaded", extra=said | {"backend": task.info.backend})
     return list(tasks.values())
 
 

@@ -7,13 +7,14 @@ import io
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
+from models.api import SolverName
 from models.evaluation.classify import classify_images
 from models.evaluation.metrics import auroc
 from models.store import ZOO
@@ -66,7 +67,7 @@ def mixed_requests(n: int) -> list[dict[str, Any]]:
             "n": rng.choice([1, 1, 2]),
             "seed": rng.randrange(2**53),
             "steps": rng.randint(3, 12),
-            "solver": rng.choice(["ddpm", "ddim", "dpmpp_2m"]),
+            "solver": rng.choice(get_args(SolverName)),
             "guidance": rng.choice([1.0, 2.0, 3.0]),
             "gear": rng.choice(["full", "balanced", "eco"]),
         }

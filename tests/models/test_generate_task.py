@@ -1,31 +1,73 @@
-"""The sampler engine on a small random network: mixed batches give each row's own pixels."""
+"""The sampler engine on small random networks: mixed batches give each row's own pixels."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from models.api import ExitSchedule, Gear, GenerateWork, ModelInfo, Task, planned_layer_evals
+from models.api import ExitSchedule, Gear, GenerateWork, ModelInfo, SolverOptions, Task, UserError, planned_layer_evals
 from models.backbones.dit import DiT, DiTConfig
-from models.solvers.table import Process
+from models.backbones.uvit import UViT, UViTConfig
+from models.backends.eager import build
+from models.backends.interface import Setup
+from models.codecs.interface import Codec
+from models.solvers.process import from_config, solvers_for
+from models.tasks.decoding import DecodeStage
 from models.tasks.generate import GenerateTask
 
 GEARS = (
     Gear("full", ExitSchedule((1.0,), (4,)), "dpmpp_2m", 6, 2.0),
     Gear("eco", ExitSchedule((0.3, 0.6, 1.0), (4, 3, 2)), "ddim", 5, 1.0),
 )
+PROCESS = {"prediction": "v", "clip": 1.0}
+FINE_PRINT = {
+    "ddim": [{}, {"eta": 0.5}],
+    "ddpm": [{}, {"variance": "fixed_large"}],
+    "dpmpp_2m": [{}, {"form": "heun"}, {"grid": "karras"}],
+    "unipc": [{}, {"corrector": False}, {"grid": "logsnr"}],
+    "heun": [{}, {"churn": 3.0, "grid": "karras"}],
+}
+
+
+class Doubling(Codec):
+    """A codec of one to three channels and twice the size."""
+
+    def image_shape(self, row_shape):
+        return 3, 2 * row_shape[1], 2 * row_shape[2]
+
+    def decode(self, states):
+        return states.repeat_interleave(2, 2).repeat_interleave(2, 3).expand(-1, 3, -1, -1) * torch.ones(3, 1, 1)
+
+
+def lively(model):
+    """Random weights where the initialisation has zeros, so that every block matters."""
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return model.eval().requires_grad_(False)
+
+
+def make(model, process=PROCESS, gears=GEARS, **more):
+    process = from_config(process)
+    info = ModelInfo(
+        "toy", "generate", ("a", "b", "c"), (28, 28, 1), "w", depth=model.depth, gears=gears, default_gear="eco"
+    )
+    depths = tuple(sorted({d for gear in gears for d in gear.schedule.depths}))
+    backend = build(Setup(model, "w", depths, 32, torch.device("cpu"), Path("unused")))
+    return GenerateTask(info, model, process, 16, torch.device("cpu"), backend=backend, **more)
+
+
+def dit(**changes):
+    torch.manual_seed(0)
+    shape = {"image_size": 28, "width": 64, "depth": 4, "heads": 2, "classes": 3, "time_features": 32}
+    return lively(DiT(DiTConfig(**(shape | changes))))
 
 
 @pytest.fixture(scope="module")
 def task():
-    torch.manual_seed(0)
-    model = DiT(DiTConfig(width=64, depth=4, heads=2, classes=3, time_features=32)).eval().requires_grad_(False)
-    for p in model.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.1)
-    info = ModelInfo("toy", "generate", ("a", "b", "c"), (28, 28, 1), "w", depth=4, gears=GEARS, default_gear="eco")
-    return GenerateTask(info, model, Process(clip=1.0), 16, torch.device("cpu"))
+    return make(dit())
 
 
 def work(**changes):
@@ -35,8 +77,10 @@ def work(**changes):
 
 def run(task, job, slots=None):
     slots = slots or list(range(job.rows))
-    for _ in range(task.admit(job, range(job.rows), slots)[0]):
-        task.step(slots)
+    left = dict(zip(slots, task.admit(job, range(job.rows), slots), strict=True))
+    while left:
+        waiting = task.step(list(left)).waiting
+        left = {slot: n - (slot not in waiting) for slot, n in left.items() if n > 1 or slot in waiting}
     return task.collect(slots)
 
 
@@ -46,19 +90,25 @@ def test_it_is_a_task(task):
 
 def test_mixed_and_staggered_rows_give_the_pixels_of_each_row_alone(task):
     rng = random.Random(1)
-    jobs = [
-        work(
-            labels=(rng.randrange(3),),
-            seeds=(rng.randrange(2**53),),
-            steps=rng.randint(1, 9),
-            solver=rng.choice(["ddpm", "ddim", "dpmpp_2m"]),
-            guidance=rng.choice([0.0, 1.0, 2.0, 3.5]),
-            gear=rng.choice(["full", "eco"]),
+    solvers = solvers_for(task.process)
+    assert len(solvers) == 9
+    jobs = []
+    for i in range(36):
+        solver = solvers[i % len(solvers)]
+        jobs.append(
+            work(
+                labels=(rng.randrange(3),),
+                seeds=(rng.randrange(2**53),),
+                steps=rng.randint(2, 9),
+                solver=solver,
+                solver_options=SolverOptions(**rng.choice(FINE_PRINT.get(solver, [{}]))),
+                guidance=rng.choice([0.0, 1.0, 2.0, 3.5]),
+                guidance_interval=rng.choice([(0.0, 1.0), (0.2, 0.7)]),
+                gear=rng.choice(["full", "eco"]),
+            )
         )
-        for _ in range(32)
-    ]
     alone = [run(task, job, [3])[0] for job in jobs]
-    waiting, free, own, left, mixed = list(range(32)), list(range(16)), {}, {}, {}
+    waiting, free, own, left, mixed = list(range(len(jobs))), list(range(16)), {}, {}, {}
     while waiting or own:
         while waiting and free and rng.random() < 0.7:
             slot, index = free.pop(rng.randrange(len(free))), waiting.pop(0)
@@ -86,6 +136,32 @@ def test_receipt_counts_what_ran(task):
     assert receipt["layer_evals_full"] == 2 * 2 * 5 * 4
     assert receipt["compute_saved"] == pytest.approx(1 - 13 / 20)
     assert receipt["depth"] == 4
+    assert "macs_saved" not in receipt
+    assert "solver_options" not in receipt
+
+
+def test_heun_evaluates_twice_but_in_its_last_step(task):
+    job = work(solver="heun", steps=4, guidance=1.0, gear="full", solver_options=SolverOptions(grid="linspace"))
+    receipt = task.receipt(job, run(task, job))
+    assert receipt["exit_depths"] == [4] * 7
+    assert receipt["layer_evals"] == planned_layer_evals(GEARS[0], 4, 1.0, 1, "heun")
+    assert receipt["solver_options"] == {"grid": "linspace"}
+
+
+def test_guidance_acts_in_its_interval_only(task):
+    half = work(steps=4, solver="ddim", gear="full", guidance_interval=(0.0, 0.6))
+    receipt = task.receipt(half, run(task, half))
+    assert receipt["layer_evals"] == 4 * (1 + 1 + 2 + 2)
+    assert receipt["layer_evals"] == planned_layer_evals(GEARS[0], 4, 2.0, 1, "ddim", (0.0, 0.6))
+    never = run(task, work(solver="ddim", guidance_interval=(0.0, 0.0)))[0]
+    assert np.array_equal(never.pixels, run(task, work(solver="ddim", guidance=1.0))[0].pixels)
+    assert not np.array_equal(never.pixels, run(task, work(solver="ddim"))[0].pixels)
+
+
+def test_options_that_make_no_sense_are_refused_by_field(task):
+    with pytest.raises(UserError) as caught:
+        task.admit(work(solver="ddpm", solver_options=SolverOptions(eta=0.5)), [0], [0])
+    assert caught.value.field == "solver_options.eta"
 
 
 def test_step_reports_rows_evals_and_depths(task):
@@ -94,6 +170,7 @@ def test_step_reports_rows_evals_and_depths(task):
     stats = task.step([0, 1])
     assert (stats.rows, stats.layer_evals, stats.layer_evals_full) == (2, 4, 8)
     assert stats.depth_counts == {(9, 2): 2}
+    assert (stats.decoded, stats.waiting) == (0, frozenset())
 
 
 def test_the_seed_decides(task):
@@ -103,7 +180,7 @@ def test_the_seed_decides(task):
 
 
 def test_a_reused_slot_forgets_its_history(task):
-    job = work(solver="dpmpp_2m", steps=4)
+    job = work(solver="unipc", steps=4)
     fresh = run(task, job, [7])[0].pixels
     task.admit(work(solver="dpmpp_2m", seeds=(99,), steps=8), [0], [7])
     task.step([7])
@@ -116,3 +193,87 @@ def test_unguided_rows_skip_the_unconditional_network_row(task):
     stats = task.step([0, 1])
     assert stats.rows == 2
     assert stats.layer_evals_full == 3 * 4
+
+
+def test_learned_variance_changes_ddpm_and_nothing_else():
+    betas = {"schedule": "linear", "start": 1e-4, "end": 0.02}
+    table = {"kind": "discrete", "timesteps": 1000, "betas": betas, "prediction": "epsilon"}
+    task = make(dit(learned_variance=True, time_scale=1.0), table | {"learned_variance": True, "clip": 1.0})
+    fixed, learned = SolverOptions(variance="fixed_small"), SolverOptions(variance="learned_range")
+    a, b = (run(task, work(solver_options=options))[0].pixels for options in (fixed, learned))
+    assert not np.array_equal(a, b)
+    together = work(solver="ddim"), work(solver_options=learned), work(solver_options=fixed)
+    alone = [run(task, job)[0].pixels for job in together]
+    for slot, job in enumerate(together):
+        task.admit(job, [0], [slot])
+    for _ in range(6):
+        task.step([0, 1, 2])
+    for row, pixels in zip(task.collect([0, 1, 2]), alone, strict=True):
+        assert np.array_equal(row.pixels, pixels)
+
+
+def test_guidance_may_act_on_the_first_channels_only():
+    model = dit(channels=4, image_size=8)
+    both, first = make(model), make(model, guided_channels=3)
+    job = work(solver="ddim", steps=1, gear="full")
+    (
+        run(both, job),
+        run(first, job),
+        run(unguided := make(model), work(solver="ddim", steps=1, gear="full", guidance=1.0)),
+    )
+    assert torch.equal(first.pool.x[0, :3], both.pool.x[0, :3])
+    torch.testing.assert_close(first.pool.x[0, 3], unguided.pool.x[0, 3], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(both.pool.x[0, 3], unguided.pool.x[0, 3])
+
+
+def test_dropped_decoder_blocks_are_counted_in_macs_too():
+    torch.manual_seed(0)
+    model = lively(UViT(UViTConfig(image_size=8, channels=1, patch=2, width=32, depth=5, heads=2, classes=3)))
+    gears = (
+        Gear("full", ExitSchedule((1.0,), (5,)), "ddim", 4, 1.0),
+        Gear("eco", ExitSchedule((1.0,), (3,)), "ddim", 4, 1.0),
+    )
+    task = make(model, gears=gears, macs={3: 70, 5: 100})
+    receipt = task.receipt(work(guidance=1.0), run(task, work(guidance=1.0)))
+    assert receipt["compute_saved"] == pytest.approx(2 / 5)
+    assert receipt["macs_saved"] == pytest.approx(0.3)
+
+
+def latent_task():
+    model = dit(image_size=8)
+    return make(model, decoding=DecodeStage(Doubling(), 16, model.row_shape))
+
+
+def test_decoding_is_one_more_stage_of_a_row():
+    task = latent_task()
+    job = work(steps=3)
+    assert task.admit(job, [0], [2]) == [4]
+    [row] = run(task, job)
+    assert row.pixels.shape == (16, 16, 3)
+    assert len(row.exit_depths) == 3
+    plain = make(task.model)
+    assert np.array_equal(row.pixels[::2, ::2, 0], run(plain, job)[0].pixels[..., 0])
+
+
+def test_decoding_leaves_the_tick_to_the_rows_that_are_drawn():
+    task = latent_task()
+    short, long = work(labels=(0,) * 4, seeds=(1, 2, 3, 4), steps=2), work(steps=9)
+    task.admit(short, range(4), [0, 1, 2, 3])
+    task.admit(long, [0], [4])
+    left = {0: 3, 1: 3, 2: 3, 3: 3, 4: 10}
+    decoded = []
+    while left:
+        stats = task.step(list(left))
+        assert stats.waiting <= {0, 1, 2, 3}
+        decoded.append(stats.decoded)
+        left = {slot: n - (slot not in stats.waiting) for slot, n in left.items() if n > 1 or slot in stats.waiting}
+    assert decoded == [0, 0, 1, 1, 1, 1, 0, 0, 0, 1]
+    assert np.array_equal(task.collect([2])[0].pixels, run(task, work(labels=(0,), seeds=(3,), steps=2))[0].pixels)
+
+
+def test_a_slot_given_away_is_not_decoded_for_its_old_row():
+    task = latent_task()
+    task.admit(work(steps=1), [0], [0])
+    task.step([0])
+    task.admit(work(steps=2), [0], [0])
+    assert task.step([0]).decoded == 0

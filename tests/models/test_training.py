@@ -1,5 +1,6 @@
 """Training loops at toy size: they learn, they resume to the same weights, recipes refuse mistakes."""
 
+import copy
 import dataclasses
 import gzip
 import struct
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from models.api import UserError
 from models.backbones.dit import DiT, DiTConfig
 from models.training.data import DataError, read, splits
 from models.training.diffusion import DiffusionRecipe, perturb, sample_times, train_diffusion
-from models.training.exits import ExitsRecipe, train_exits
+from models.training.exits import ExitsRecipe, loss_weights, train_exits
 from models.training.loop import Optim, train
 from models.training.members import MembersRecipe, epoch_rows, random_shift
 from models.training.recipe import RecipeError, build, read_recipe
@@ -142,7 +144,7 @@ def test_diffusion_learns_and_exits_keep_the_time_embedder(tmp_path):
     model = base.ema.requires_grad_(True)
     before = {k: v.clone() for k, v in model.state_dict().items() if k.startswith("time")}
     short = Optim(steps=8, batch=16, lr=1e-3, warmup=2, checkpoint_every=4)
-    exits = ExitsRecipe("e", "toy", short, short, {"full": 1.0, "eco": 0.5}, shallowest=1, bins=5, bf16=False)
+    exits = exits_recipe(optim=short, explore=short)
     tuned, schedules, _ = train_exits(model, exits, images, labels, tmp_path / "exits")
     assert isinstance(tuned, DiT)
     assert schedules["full"].depths == (3,)
@@ -151,6 +153,81 @@ def test_diffusion_learns_and_exits_keep_the_time_embedder(tmp_path):
         assert torch.equal(tuned.state_dict()[key], value)
     changed = [k for k, v in tuned.state_dict().items() if not torch.equal(v, base.ema.state_dict()[k])]
     assert changed or dataclasses.asdict(exits)["optim"]["lr"] == 0
+
+
+@pytest.fixture(scope="module")
+def base():
+    """A network whose exits disagree, and images of one grey level."""
+    torch.manual_seed(0)
+    model = DiT(TOY)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model, np.full((64, 8, 8, 1), 200, np.uint8), np.zeros(64, np.int64)
+
+
+def exits_recipe(**changes):
+    tune = Optim(steps=12, batch=16, lr=3e-3, warmup=2)
+    recipe = ExitsRecipe("e", "toy", tune, {"full": 1.0, "eco": 0.5}, shallowest=1, bins=5, bf16=False)
+    return dataclasses.replace(recipe, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"distill": 0.5},
+        {"distill": 1.0, "teacher": "ema"},
+        {"loss_weight": "snr_clip"},
+        {"loss_weight": [1, 2, 3]},
+        {"gears": {"full": {"exit": "full"}, "hand": {"exit": "ase", "name": "demo"}}},
+        {"gears": {"full": 1.0, "mine": {"edges": [0.5, 1.0], "depths": [3, 1]}}},
+    ],
+    ids=str,
+)
+def test_every_option_of_exit_training_trains(base, changes, tmp_path):
+    model, images, labels = base
+    student = copy.deepcopy(model)
+    tuned, schedules, summary = train_exits(student, exits_recipe(**changes), images, labels, tmp_path)
+    assert np.isfinite(summary["loss"])
+    assert set(schedules) == set(exits_recipe(**changes).gears)
+    moved = [k for k, v in tuned.state_dict().items() if not torch.equal(v, model.state_dict()[k])]
+    assert any(k.startswith("blocks.0") for k in moved)
+    assert not any(k.startswith("time") for k in moved)
+
+
+def test_distilling_alone_teaches_exits_the_full_output(base, tmp_path):
+    """Against the frozen start, the shallow exit comes nearer to full depth of the start than it was."""
+    model, images, labels = base
+    tune = Optim(steps=80, batch=32, lr=3e-3, warmup=2, ema=0.9)
+    gears = {"full": 1.0, "thin": {"edges": [1.0], "depths": [1]}}
+    recipe = exits_recipe(distill=1.0, full_share=0.0, gears=gears, optim=tune)
+    tuned, _, _ = train_exits(copy.deepcopy(model), recipe, images, labels, tmp_path)
+    torch.manual_seed(3)
+    x, u, y = torch.randn(64, 1, 8, 8), torch.rand(64), torch.zeros(64, dtype=torch.int64)
+    with torch.no_grad():
+        want = model(x, model.condition(u, y), [3] * 64)[0]
+        apart = [(m(x, m.condition(u, y), [1] * 64)[0] - want).square().mean() for m in (model, tuned)]
+    assert apart[1] < 0.5 * apart[0]
+
+
+def test_loss_weights_have_mean_one_and_snr_clip_favours_the_middle():
+    u = (torch.arange(2000) + 0.5) / 2000
+    for kind in ("none", "snr_clip", [1, 3], [0.5]):
+        assert loss_weights(kind, u).mean() == pytest.approx(1, abs=0.01)
+    clipped = loss_weights("snr_clip", torch.tensor([0.01, 0.3, 0.99]))
+    assert clipped[1] > clipped[0]
+    assert clipped[1] > clipped[2]
+    assert loss_weights([1, 3], torch.tensor([0.2, 0.8])).tolist() == [0.5, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"loss_weight": "snr"}, "snr_clip"), ({"distill": 2.0}, "distill"), ({"teacher": "me"}, "teacher")],
+)
+def test_options_that_do_not_exist_are_named(base, changes, says, tmp_path):
+    model, images, labels = base
+    with pytest.raises(UserError, match=says):
+        train_exits(copy.deepcopy(model), exits_recipe(**changes), images, labels, tmp_path)
 
 
 def test_shipped_recipes_parse():

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from models.tasks.classify import load as load_classifier
-from models.tasks.generate import load as load_generator
+from models.tasks.generator import load as load_generator
 from models.training.cli import app
 
 OPTIM = "[{0}]\nsteps = 2\nbatch = 8\nlr = 1e-3\nwarmup = 1\n"

@@ -7,7 +7,7 @@ import pytest
 from models.store import ZOO, StoreError, read_config, read_json
 from models.tasks.classify import load as load_classifier
 from models.tasks.gears import read_gears, write_gears
-from models.tasks.generate import load as load_generator
+from models.tasks.generator import load as load_generator
 
 pytestmark = pytest.mark.zoo
 REPO = Path(__file__).parents[2]

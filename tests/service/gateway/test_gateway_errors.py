@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from service.broker import keys
 from service.broker.redis_streams import Broker
-from service.protocol import Delivery, Result
+from service.protocol import Delivery, Failure, Result
 from tests.service.gateway.serving import Worker, b64, client, echo, expired, failing, png, silent
 from tests.service.gateway.test_gateway_imaging import png_bomb
 
@@ -46,7 +46,7 @@ def problem(response: httpx.Response, status: int, code: str, field: str | None 
         ({"n": "2"}, "bad_request", "n", "integer"),
         ({"guidance": float("nan")}, "bad_request", "guidance", "finite"),
         ({"guidance": float("inf")}, "bad_request", "guidance", "finite"),
-        ({"solver": "euler"}, "bad_request", "solver", "ddim"),
+        ({"solver": "magic"}, "bad_request", "solver", "ddim"),
         ({"prompt": "boots"}, "bad_request", "prompt", "not permitted"),
         ([], "bad_request", None, "dictionary"),
     ],
@@ -167,6 +167,16 @@ async def test_a_workers_failure_comes_back_by_its_code(
 ) -> None:
     async with Worker(valkey_url, failing(code)), client(valkey_url) as http:
         assert problem(await http.post("/generate", json={}), status, shown)["detail"] == "it broke"
+
+
+async def test_what_a_worker_refuses_names_the_field(redis: Redis, valkey_url: str) -> None:
+    def refuse(delivery: Delivery) -> Result:
+        failure = Failure("bad_request", "ddpm has no eta", field="solver_options.eta")
+        return Result(id=delivery.job.id, outcome="failed", failure=failure)
+
+    async with Worker(valkey_url, refuse), client(valkey_url) as http:
+        response = await http.post("/generate", json={"solver": "ddpm", "solver_options": {"eta": 0.3}})
+        problem(response, 422, "bad_request", "solver_options.eta")
 
 
 @pytest.mark.parametrize("answer", [silent, expired])

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from models.api import SEED_LIMIT, ClassifyParams, ExitSchedule, Gear, GenerateParams, ModelInfo
-from service.errors import NoWorker, UnknownName
+from models.api import SEED_LIMIT, ClassifyParams, ExitSchedule, Gear, GenerateParams, ModelInfo, SolverOptions
+from service.errors import BadRequest, NoWorker, UnknownName
 from service.gateway.admission import price
 from service.gateway.resolve import classify_work, generate_work, pick_label, pick_model, splitmix64
 
@@ -79,6 +81,38 @@ def test_explicit_fields_override_the_gear_where_they_differ() -> None:
     work = generate_work(params, DRAWER, "png")
     assert (work.steps, work.solver, work.guidance) == (10, "ddpm", 0.0)
     assert work.overrides == ("solver", "guidance")
+
+
+def test_options_add_to_the_gears_unless_the_solver_changes() -> None:
+    gear = replace(FULL, solver_options=SolverOptions(eta=0.5), guidance_interval=(0.2, 1.0))
+    info = replace(DRAWER, gears=(gear,), default_gear="full", solvers=("ddim", "heun"))
+    karras = SolverOptions(grid="karras")
+    work = generate_work(GenerateParams(solver_options=karras), info, "png")
+    assert work.solver_options == SolverOptions(eta=0.5, grid="karras")
+    assert (work.guidance_interval, work.overrides) == ((0.2, 1.0), ("solver_options",))
+    other = generate_work(GenerateParams(solver="heun", solver_options=karras), info, "png")
+    assert other.solver_options == karras
+    assert other.overrides == ("solver", "solver_options")
+    assert generate_work(GenerateParams(), info, "png").overrides == ()
+
+
+def test_solvers_that_do_not_fit_the_model_are_refused() -> None:
+    with pytest.raises(UnknownName, match="known: ddim, heun") as caught:
+        generate_work(GenerateParams(solver="ddpm"), replace(DRAWER, solvers=("ddim", "heun")), "png")
+    assert caught.value.field == "solver"
+
+
+def test_a_falling_guidance_interval_is_refused() -> None:
+    with pytest.raises(BadRequest, match="lower end first") as caught:
+        generate_work(GenerateParams(guidance_interval=(0.8, 0.2)), DRAWER, "png")
+    assert caught.value.field == "guidance_interval"
+
+
+def test_heun_costs_two_evaluations_a_step_and_unguided_times_cost_one_row() -> None:
+    heun = generate_work(GenerateParams(gear="full", solver="heun", steps=4, guidance=1.0), DRAWER, "png")
+    assert price(heun, DRAWER) == (2 * 4 - 1) * 8
+    late = generate_work(GenerateParams(gear="full", steps=4, guidance_interval=(0.0, 0.5)), DRAWER, "png")
+    assert price(late, DRAWER) == (1 + 1 + 2 + 2) * 8  # u = 1, .75, .5, .25
 
 
 def test_unknown_gear_and_method_list_what_is_known() -> None:

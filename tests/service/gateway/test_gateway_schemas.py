@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 from pydantic import ValidationError
 
-from models.api import SEED_LIMIT, ClassifyParams, GenerateParams
+from models.api import SEED_LIMIT, ClassifyParams, GenerateParams, SolverOptions
 from service.gateway.schemas import ClassifyForm, ClassifyRequest, GenerateRequest, to_params
 
 
@@ -32,6 +32,14 @@ from service.gateway.schemas import ClassifyForm, ClassifyRequest, GenerateReque
         ({"gear": None}, "gear"),
         ({"deadline_ms": 0}, "deadline_ms"),
         ({"sede": 3}, "sede"),
+        ({"solver_options": {"grid": "spiral"}}, "solver_options"),
+        ({"solver_options": {"eta": 1.5}}, "solver_options"),
+        ({"solver_options": {"etta": 1.0}}, "solver_options"),
+        ({"solver_options": {"corrector": 1}}, "solver_options"),
+        ({"solver_options": []}, "solver_options"),
+        ({"guidance_interval": [0.1]}, "guidance_interval"),
+        ({"guidance_interval": [0.1, 1.5]}, "guidance_interval"),
+        ({"guidance_interval": ["0.1", 0.5]}, "guidance_interval"),
     ],
 )
 def test_generate_refuses_and_names_the_field(body: dict[str, object], field: str) -> None:
@@ -55,6 +63,13 @@ def test_absent_fields_take_the_dataclass_defaults() -> None:
 def test_values_arrive_as_sent() -> None:
     body = {"label": "Boot", "n": 64, "seed": SEED_LIMIT - 1, "guidance": 2, "solver": "ddim", "gear": "eco"}
     assert to_params(GenerateParams, GenerateRequest.model_validate(body)) == GenerateParams(**body)
+
+
+def test_nested_values_arrive_as_sent() -> None:
+    body = {"solver_options": {"eta": 0.5, "grid": "karras"}, "guidance_interval": [0.25, 1]}
+    params = to_params(GenerateParams, GenerateRequest.model_validate(body))
+    assert params.solver_options == SolverOptions(eta=0.5, grid="karras")
+    assert params.guidance_interval == (0.25, 1.0)
 
 
 def test_form_fields_are_read_from_text() -> None:

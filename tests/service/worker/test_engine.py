@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from service.metrics import WorkerMetrics
-from service.protocol import Job
+from service.protocol import Failure, Job
 from service.worker.engine import Engine, Finished
 from service.worker.rate import DrainRate
-from tests.service.worker.toy import BAD_ADMIT, BAD_COLLECT, BAD_STEP, ToyClassify, ToyGenerate, pixels
+from tests.service.worker.toy import BAD_ADMIT, BAD_COLLECT, BAD_STEP, REFUSED, ToyClassify, ToyGenerate, pixels
 from tests.service.worker.work import delivery, draw, judge
 
 
@@ -100,6 +100,25 @@ def test_failure_of_one_job_leaves_the_others_alone(label: int, verb: str) -> No
     failure = over[bad.id].failure
     assert failure is not None
     assert (over[bad.id].outcome, failure.code, failure.message) == ("failed", "job_failed", f"{verb}: Trouble: {verb}")
+
+
+def test_a_users_mistake_is_refused_by_field_and_leaves_the_others_alone() -> None:
+    engine = make(ToyGenerate())
+    bad, good = draw(label=REFUSED), draw(seed=70)
+    over = run(engine, bad, good)
+    assert over[good.id].outcome == "ok"
+    assert over[bad.id].failure == Failure(
+        "bad_request", "eta is not of this solver", retryable=False, field="solver_options.eta"
+    )
+
+
+def test_rows_that_wait_keep_their_evaluations() -> None:
+    task = ToyGenerate(capacity=3, at_once=1)
+    engine = make(task)
+    job = draw(rows=3, steps=2, seed=40)
+    done = run(engine, job)[job.id]
+    assert [row.exit_depths for row in done.rows] == [(4, 4)] * 3
+    assert [len(batch) for batch in task.batches] == [1] * 6
 
 
 def test_failing_batch_fails_its_jobs_and_the_loop_goes_on() -> None:

@@ -1,6 +1,7 @@
 """A torch-free Task: a row's pixels depend on its seed and on the evaluations it had, and on nothing else.
 
-Labels make trouble: BAD_ADMIT, BAD_STEP, BAD_COLLECT raise in that verb, BAD_PIXELS cannot be encoded.
+Labels make trouble: REFUSED is a user's mistake; BAD_ADMIT, BAD_STEP, BAD_COLLECT raise in that verb, BAD_PIXELS
+cannot be encoded.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from models.api import (
     GeneratedRow,
     GenerateWork,
     ModelInfo,
+    Runtime,
     StepStats,
+    UserError,
     planned_layer_evals,
 )
 
 DEPTH = 4
-BAD_ADMIT, BAD_STEP, BAD_COLLECT, BAD_PIXELS = 6, 7, 8, 9
+REFUSED, BAD_ADMIT, BAD_STEP, BAD_COLLECT, BAD_PIXELS = 5, 6, 7, 8, 9
 FULL = Gear("full", ExitSchedule((1.0,), (DEPTH,)), "ddim", 5, 1.0)
 
 
@@ -42,9 +45,12 @@ class Trouble(RuntimeError):
 
 
 class ToyGenerate:
-    """Every evaluation adds one; `step_s` makes it slow, `evaluated` lists every (seed, evaluation)."""
+    """Every evaluation adds one; `step_s` makes it slow, `evaluated` lists every (seed, evaluation).
 
-    def __init__(self, name: str = "toy", capacity: int = 4, step_s: float = 0.0) -> None:
+    No more than `at_once` rows move in a step; the others wait.
+    """
+
+    def __init__(self, name: str = "toy", capacity: int = 4, step_s: float = 0.0, at_once: int | None = None) -> None:
         self.info = ModelInfo(
             name=name,
             task="generate",
@@ -55,12 +61,14 @@ class ToyGenerate:
             gears=(FULL,),
             default_gear="full",
         )
-        self.capacity, self.step_s = capacity, step_s
+        self.capacity, self.step_s, self.at_once = capacity, step_s, capacity if at_once is None else at_once
         self.rows: dict[int, tuple[int, int, int]] = {}
         self.batches: list[list[int]] = []
         self.evaluated: list[tuple[int, int]] = []
 
     def admit(self, work: GenerateWork, indices: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
+        if work.labels[0] == REFUSED:
+            raise UserError("eta is not of this solver", "solver_options.eta")
         if work.labels[0] == BAD_ADMIT:
             raise Trouble("admit")
         for index, slot in zip(indices, slots, strict=True):
@@ -69,6 +77,8 @@ class ToyGenerate:
 
     def step(self, slots: Sequence[int]) -> StepStats:
         time.sleep(self.step_s)
+        waiting = frozenset(slots[self.at_once :])
+        slots = slots[: self.at_once]
         self.batches.append(list(slots))
         for slot in slots:
             seed, label, done = self.rows[slot]
@@ -77,7 +87,7 @@ class ToyGenerate:
             self.rows[slot] = (seed, label, done + 1)
             self.evaluated.append((seed, done))
         rows = len(slots)
-        return StepStats(rows, rows * DEPTH, rows * DEPTH, {(0, DEPTH): rows})
+        return StepStats(rows, 0, waiting, rows * DEPTH, rows * DEPTH, {(0, DEPTH): rows})
 
     def collect(self, slots: Sequence[int]) -> Sequence[GeneratedRow]:
         return [self._row(slot) for slot in slots]
@@ -144,10 +154,10 @@ class ToyClassify:
         return {"method": work.method, "cost_vs_single": 1.0}
 
 
-def load_generate(folder: Path, slots: int, device: str) -> ToyGenerate:
+def load_generate(folder: Path, slots: int, device: str, runtime: Runtime) -> ToyGenerate:
     name = json.loads((folder / "config.json").read_text())["name"]
     return ToyGenerate(name, slots, float(os.environ.get("TOY_STEP_S", "0")))
 
 
-def load_classify(folder: Path, slots: int, device: str) -> ToyClassify:
+def load_classify(folder: Path, slots: int, device: str, runtime: Runtime) -> ToyClassify:
     return ToyClassify(json.loads((folder / "config.json").read_text())["name"], slots)

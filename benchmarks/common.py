@@ -1,0 +1,75 @@
+"""What the benchmarks share: alternating repeats, ratios with their spread, a table, a last line of JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median and range over repeats."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def side_by_side(runs: Mapping[str, Callable[[], Any]], repeats: int = REPEATS) -> dict[str, list[float]]:
+    """Seconds of each run in each repeat; every repeat runs them all in turn, the first repeat is not kept."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if repeat:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def spread(values: Sequence[float]) -> Ratio:
+    """Median and range."""
+    return Ratio(statistics.median(values), min(values), max(values))
+
+
+def ratio(mine: Sequence[float], base: Sequence[float]) -> Ratio:
+    """`mine` over `base`, repeat by repeat."""
+    return spread([a / b for a, b in zip(mine, base, strict=True)])
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print aligned columns."""
+    cells = [list(map(str, line)) for line in (header, *rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print()
+
+
+def setup(description: str | None) -> None:
+    """Read --threads, one by default, and set it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    torch.set_num_threads(parser.parse_args().threads)
+
+
+def finish(name: str, **found: Any) -> None:
+    """The last line: JSON with the machine."""
+    machine = f"{os.cpu_count()} cores {platform.machine()}, torch {torch.__version__}"
+    print(
+        json.dumps({"benchmark": name, "machine": machine, "threads": torch.get_num_threads(), **found}, default=vars)
+    )

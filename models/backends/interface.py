@@ -1,0 +1,102 @@
+"""What a backend is: its own way to run the pieces of a backbone, under the shared executor `sorted_prefix`.
+
+Each backend is a module with `build(setup) -> Backend`, named in `models.registry.BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from models.api import UserError
+from models.backbones.interface import Backbone, Pieces, Segment, segments_between, sorted_prefix
+
+
+class BackendUnavailable(UserError):
+    """A backend that cannot work here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a backend is built for.
+
+    Attributes:
+        backbone: in eval mode, on `device`.
+        weights: digest of its weights.
+        depths: every depth that a row may ask for; segments are cut at these.
+        rows: most network rows in a batch (a guided row is two).
+        cache: folder for what a backend makes from the weights; created when needed.
+        budget_s: seconds that `auto` may spend on building and measuring.
+        deadline: `time.monotonic()` by which a build must be done.
+    """
+
+    backbone: Backbone
+    weights: str
+    depths: tuple[int, ...]
+    rows: int
+    device: torch.device
+    cache: Path
+    budget_s: float = 30.0
+    deadline: float = math.inf
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The longest segments that serve every depth."""
+        return segments_between(self.backbone, self.depths)
+
+    def check_progress(self, began: float, done: int, total: int) -> None:
+        """Give up a build as soon as its pace says that it will miss the deadline."""
+        expected = (time.monotonic() - began) * total / done
+        if began + expected > self.deadline:
+            left = max(self.deadline - began, 0.0)
+            raise BackendUnavailable(f"building takes about {expected:.0f} s, of which {left:.0f} s are left")
+
+
+class Backend(Protocol):
+    """How a forward is executed: within 1e-4 (relative, float32) of the backbone itself."""
+
+    name: str
+    note: str
+
+    def condition(self, t: Tensor, label: Tensor) -> Tensor:
+        """As `Backbone.condition`, for at most `Setup.rows` rows."""
+
+    def __call__(self, x: Tensor, condition: Tensor, depths: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """As `Backbone.forward`; the output is the caller's to keep."""
+
+
+class Network(Pieces, Protocol):
+    """The pieces and the one-token work before them."""
+
+    def condition(self, t: Tensor, label: Tensor) -> Tensor:
+        """As `Backbone.condition`."""
+
+
+class Executor:
+    """A backend made of pieces. `note` is one line for the log: what it is, what it cost."""
+
+    def __init__(
+        self, name: str, note: str, setup: Setup, network: Network, segments: Sequence[Segment] | None = None
+    ) -> None:
+        self.name, self.note, self.network = name, note, network
+        self.segments = segments or setup.segments
+        self.depths = frozenset(setup.depths)
+
+    @torch.inference_mode()
+    def condition(self, t: Tensor, label: Tensor) -> Tensor:
+        """See Backend."""
+        return self.network.condition(t, label)
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor, condition: Tensor, depths: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """See Backend; a depth that no segment ends at is a ValueError."""
+        if not self.depths.issuperset(depths):
+            raise ValueError(f"backend {self.name} was built for depths {sorted(self.depths)}, not {sorted(depths)}")
+        return sorted_prefix(self.network, self.segments, x, condition, depths)

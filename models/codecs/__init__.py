@@ -1,0 +1,1 @@
+"""From the states that a sampler ends with to pixels."""

@@ -1,0 +1,130 @@
+"""`offramp profile MODEL`: what each gear costs on this machine and gives, kept in the model folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from models.evaluation.generate import GearScore, evaluate
+from models.evaluation.report import find, gears_table, provenance, timing_table, write_card
+from models.evaluation.timing import Ratio, time_gears, time_network
+from models.store import read_json
+from models.tasks.gears import write_gears
+from models.tasks.generator import load, load_model
+from models.training.data import splits
+
+app = typer.Typer(help="Measure a generator's gears on this machine; writes gears.json, the card and profile.png.")
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+PICTURE = "profile.png"
+
+
+def pareto(scores: Sequence[GearScore], keep: Sequence[str]) -> list[GearScore]:
+    """Scores that no other beats in both layer evaluations and Frechet distance; gears in `keep` always stay."""
+
+    def beaten(s: GearScore) -> bool:
+        cost, distance = s.layer_evals_ratio, s.frechet
+        return any(
+            o.layer_evals_ratio <= cost
+            and o.frechet <= distance
+            and (o.layer_evals_ratio, o.frechet) != (cost, distance)
+            for o in scores
+        )
+
+    return [s for s in scores if s.gear.name in keep or not beaten(s)]
+
+
+def entry(stored: Mapping[str, Any], score: GearScore, time: Ratio, batch: int, floor: float) -> dict[str, Any]:
+    """A gear of gears.json with its measured cost and quality."""
+    spread = [round(time.low, 3), round(time.high, 3)]
+    return {
+        **stored,
+        "layer_evals_ratio": round(score.layer_evals_ratio, 4),
+        "time_ratio": {"value": round(time.value, 3), "spread": spread, "device": "cpu", "batch": batch, "threads": 1},
+        "class_accuracy": round(score.class_accuracy, 4),
+        "frechet": {
+            "value": round(score.frechet, 4),
+            "interval": [round(score.frechet_low, 4), round(score.frechet_high, 4)],
+            "floor": round(floor, 4),
+        },
+    }
+
+
+def picture(path: Path, scores: Sequence[GearScore], times: Mapping[str, Ratio], floor: float, name: str) -> None:
+    """The cost/quality curve: layer evaluations against Frechet distance, with bootstrap intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    ordered = sorted(scores, key=lambda s: s.layer_evals_ratio)
+    cost, value = [100 * s.layer_evals_ratio for s in ordered], [s.frechet for s in ordered]
+    below = [s.frechet - s.frechet_low for s in ordered]
+    above = [s.frechet_high - s.frechet for s in ordered]
+    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    axes.errorbar(
+        cost, value, yerr=[below, above], marker="o", capsize=4, color="#20639b", label="gears, 95 % interval"
+    )
+    axes.axhline(floor, linestyle="--", color="#888888", label="real training images")
+    for s, x, y in zip(ordered, cost, value, strict=True):
+        axes.annotate(
+            f"{s.gear.name} ({1 / times[s.gear.name].value:.2f}x)", (x, y), (6, 6), textcoords="offset points"
+        )
+    axes.set(xlabel="layer evaluations, % of full", ylabel="Frechet distance", title=name, ylim=(0, None))
+    axes.set_xlim(min(cost) - 5, max(cost) + 12)
+    axes.legend(loc="lower left", frameon=False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+@app.command()
+def profile(
+    model: Annotated[Path, typer.Argument(help="Model folder, or the name of a model of the zoo.")],
+    data: Annotated[Path, typer.Option(help="Folder of IDX files, or of train/<class>/ and test/<class>/ images.")],
+    judge: Annotated[Path, typer.Option(help="Ensemble that classifies the samples.")] = Path("fashion-ensemble"),
+    n: Annotated[int, typer.Option(min=100, help="Label-balanced images per gear.")] = 5000,
+    seed: Annotated[int, typer.Option(help="Image i of every gear uses seed + i.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Images of the job that gears are timed with.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of every timing.")] = 7,
+    workers: Annotated[int | None, typer.Option(min=1, help="Engines that sample at a time; one per core.")] = None,
+) -> None:
+    """Measure time against batch and depth, and cost and quality of every gear; keep the Pareto set."""
+    folder = find(model)
+    network, _, _ = load_model(folder)
+    depths = sorted({depth for gear in load(folder, 1, "cpu").info.gears for depth in gear.schedule.depths})
+    timing = time_network(network, ROWS, depths, repeats)
+    times = time_gears(load(folder, batch, "cpu"), repeats)
+    result = evaluate(folder, find(judge), splits(data), n, seed, workers=workers)
+    stored = read_json(folder / "gears.json")
+    kept = pareto(result["gears"], ("full", stored["default"]))
+    where = provenance(threads=1)
+    write(folder, stored, kept, times, batch, result["floor"], {"n": n, "seed": seed, **where})
+    picture(folder / PICTURE, kept, times, result["floor"], folder.name)
+    table = gears_table({**result, "gears": kept}, n, seed, where, times, batch)
+    write_card(folder, f"![cost and quality]({PICTURE})\n\n{table}\n\n{timing_table(timing)}", "offramp profile")
+    print(f"{table}\n\n{timing_table(timing)}")
+    dropped = [s.gear.name for s in result["gears"] if s not in kept]
+    summary = {
+        s.gear.name: {k: v for k, v in vars(s).items() if k != "gear"} | {"time_ratio": vars(times[s.gear.name])}
+        for s in kept
+    }
+    done = {"model": folder.name, "gears": summary, "dropped": dropped, "floor": result["floor"]}
+    print(json.dumps({**done, "network": vars(timing), "n": n, "seed": seed, **where}))
+
+
+def write(
+    folder: Path,
+    stored: dict[str, Any],
+    kept: Sequence[GearScore],
+    times: Mapping[str, Ratio],
+    batch: int,
+    floor: float,
+    where: Mapping[str, Any],
+) -> None:
+    """gears.json with the gears of `kept`, in the order that they had."""
+    entries = {gear["name"]: gear for gear in stored["gears"]}
+    measured = [entry(entries[s.gear.name], s, times[s.gear.name], batch, floor) | dict(where) for s in kept]
+    write_gears(folder, measured, stored["default"])

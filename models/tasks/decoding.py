@@ -1,0 +1,54 @@
+"""Latents to pixels as a scheduled stage: a few rows a tick, so that a slow decoder does not stall the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.codecs.interface import Codec
+
+ALONE = 8
+SHARE = 8
+
+
+def to_uint8(pixels: Tensor) -> NDArray[np.uint8]:
+    """Pixels (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C)."""
+    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
+    out: NDArray[np.uint8] = levels.permute(0, 2, 3, 1).cpu().numpy()
+    return out
+
+
+class DecodeStage:
+    """Rows whose last evaluation is done wait here, longest first, for one decode each."""
+
+    def __init__(self, codec: Codec, capacity: int, row_shape: tuple[int, int, int]) -> None:
+        channels, height, width = codec.image_shape(row_shape)
+        self.codec = codec
+        self.pixels = np.zeros((capacity, height, width, channels), np.uint8)
+        self._queue: dict[int, None] = {}
+
+    def enter(self, slots: Sequence[int]) -> None:
+        """Rows that are ready to be decoded."""
+        self._queue.update(dict.fromkeys(slots))
+
+    def forget(self, slots: Sequence[int]) -> None:
+        """Slots that were given to new rows."""
+        for slot in slots:
+            self._queue.pop(slot, None)
+
+    def choose(self, slots: Sequence[int], drawing: int) -> list[int]:
+        """Which of `slots` to decode now, beside `drawing` rows that are still being drawn.
+
+        One for every eight of them and at least one: rows of eight steps or more are decoded as fast as they come.
+        """
+        budget = max(1, drawing // SHARE) if drawing else ALONE
+        listed = set(slots)
+        return [slot for slot in self._queue if slot in listed][:budget]
+
+    def decode(self, slots: Sequence[int], states: Tensor) -> None:
+        """Decode the states (n, C, H, W) of these slots."""
+        self.pixels[list(slots)] = to_uint8(self.codec.decode(states))
+        self.forget(slots)

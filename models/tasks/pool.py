@@ -1,0 +1,73 @@
+"""Slots of a generator: states on the device, per-evaluation tables on the host; allocated once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.solvers.table import FIELDS, INDEX, Trajectory
+
+MAX_EVALUATIONS = 2 * 1000 - 1
+
+Ints = NDArray[np.int64]
+
+
+class RowPool:
+    """Everything that belongs to a row in flight, by slot and, where it has one, by evaluation."""
+
+    def __init__(self, capacity: int, row_shape: tuple[int, ...], device: torch.device) -> None:
+        self.device, self.row_shape = device, row_shape
+        self.x, self.s, self.h1, self.h2 = (torch.zeros(capacity, *row_shape, device=device) for _ in range(4))
+        self.coef = torch.zeros(capacity, MAX_EVALUATIONS, len(FIELDS), device=device)
+        table = (capacity, MAX_EVALUATIONS)
+        self.t, self.u = np.zeros(table, np.float32), np.zeros(table, np.float32)
+        self.depth, self.ran = np.zeros(table, np.int64), np.zeros(table, np.int64)
+        self.copies = np.ones(table, np.int64)
+        self.noisy = np.zeros(table, bool)
+        self.done, self.evaluations = np.zeros(capacity, np.int64), np.zeros(capacity, np.int64)
+        self.seed, self.label = np.zeros(capacity, np.int64), np.zeros(capacity, np.int64)
+        self.guidance = np.ones(capacity, np.float32)
+
+    def place(
+        self,
+        slots: Sequence[int],
+        trajectory: Trajectory,
+        depths: Sequence[int],
+        guided: NDArray[np.bool_],
+        guidance: float,
+        labels: Sequence[int],
+        seeds: Ints,
+        noise: Tensor,
+    ) -> None:
+        """Fill slots with fresh rows of one trajectory.
+
+        Args:
+            depths, guided: (evaluations,) blocks to run, and whether an unconditional network row runs too.
+            labels, seeds: per slot; `noise` (slots, C, H, W) is the standard normal start.
+        """
+        to, here, n = list(slots), self.on_device(slots), len(trajectory.u)
+        self.t[to, :n] = trajectory.coef[:, INDEX["t"]]
+        self.u[to, :n] = trajectory.u
+        self.depth[to, :n] = depths
+        self.copies[to, :n] = np.where(guided, 2, 1)
+        self.noisy[to, :n] = trajectory.coef[:, INDEX["a_n"]] > 0
+        self.done[to], self.evaluations[to] = 0, n
+        self.seed[to], self.label[to], self.guidance[to] = seeds, labels, guidance
+        self.coef[here, :n] = torch.as_tensor(trajectory.coef, dtype=torch.float32, device=self.device)
+        self.x[here] = trajectory.scale * noise
+        for history in (self.s, self.h1, self.h2):
+            history[here] = 0.0
+
+    def by_depth(self, slots: Ints) -> tuple[Ints, Ints]:
+        """Slots ordered by the depth of their next evaluation, deepest first, and that evaluation."""
+        at = self.done[slots]
+        order = np.argsort(-self.depth[slots, at], kind="stable")
+        return slots[order], at[order]
+
+    def on_device(self, values: Sequence[int] | Ints) -> Tensor:
+        """Host integers as an int64 tensor on the device."""
+        return torch.as_tensor(np.asarray(values, np.int64), device=self.device)
