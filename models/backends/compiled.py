@@ -6,12 +6,14 @@ import importlib.util
 import os
 import shutil
 import time
+import warnings
 
 import torch
 
 from models.backends.interface import Backend, BackendUnavailable, Executor, Setup
 from models.backends.parts import Part, Program, make_programs
 
+COMPILER = "inductor"
 WARM_ROWS = (1, 2, 3)
 PROGRAMS_A_PART = 4
 
@@ -21,7 +23,7 @@ def build(setup: Setup) -> Backend:
     began = time.monotonic()
     check_tools(setup.device)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(setup.cache / "inductor"))
-    programs = make_programs(setup, setup.segments, _compile)
+    programs = make_programs(setup, setup.segments, compile_part)
     took = time.monotonic() - began
     return Executor("compiled", f"torch.compile, {len(programs.programs)} parts in {took:.0f} s", setup, programs)
 
@@ -35,14 +37,16 @@ def check_tools(device: torch.device) -> None:
 
 
 @torch.inference_mode()
-def _compile(part: Part) -> Program:
+def compile_part(part: Part) -> Program:
+    """Compile for one row and for several, now: freezing reads its setting when a program is traced."""
     # All parts of a kind share a code object, and dynamo counts recompilations by code object.
-    config = torch._dynamo.config
-    config.recompile_limit += PROGRAMS_A_PART
-    program: Program = torch.compile(part.run, dynamic=True, fullgraph=True, options={"freezing": True})
+    torch._dynamo.config.recompile_limit += PROGRAMS_A_PART
+    program: Program = torch.compile(part.run, dynamic=True, fullgraph=True, backend=COMPILER)
     try:
-        for rows in WARM_ROWS:
-            program(*part.example(rows))
+        with warnings.catch_warnings(action="ignore"), torch._inductor.config.patch(freezing=True):
+            for rows in WARM_ROWS:
+                program(*part.example(rows))
     except Exception as error:
-        raise BackendUnavailable(f"torch.compile of {part.name} failed: {str(error).strip().splitlines()[0]}") from error
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise BackendUnavailable(f"torch.compile of {part.name} failed: {reason}") from error
     return program

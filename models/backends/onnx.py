@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def build(setup: Setup) -> Backend:
-    """Load, or first export, every part. Unavailable without onnxruntime, or without an exporter where one is needed."""
+    """Load, or first export, every part. Unavailable without onnxruntime, or an exporter where one is needed."""
     began = time.monotonic()
     if not importlib.util.find_spec("onnxruntime"):
         raise BackendUnavailable("the package onnxruntime is not installed: install the extra `cpu` or `gpu`")
@@ -169,9 +169,8 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
+    try:
+        with warnings.catch_warnings(action="ignore"):
             yield
-        finally:
-            logger.setLevel(before)
+    finally:
+        logger.setLevel(before)

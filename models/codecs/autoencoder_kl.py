@@ -32,7 +32,11 @@ class AutoencoderKL(Codec):
         return self.channels, height * self.factor, width * self.factor
 
     def decode(self, states: Tensor) -> Tensor:
-        """See Codec."""
+        """See Codec. On a CPU one by one: convolutions give a row other bits at other batch sizes."""
+        groups = states.split(1) if states.device.type == "cpu" else [states]
+        return torch.cat([self._decode(group) for group in groups])
+
+    def _decode(self, states: Tensor) -> Tensor:
         latents = states / self.scale + self.shift
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)

@@ -37,10 +37,10 @@ def plan(schedule: ExitSchedule, times: Iterable[float]) -> list[int]:
     return [schedule.depth(float(u)) for u in times]
 
 
-def check(gear: Gear, weights: str, depth: int, force: bool = False) -> None:
-    """Refuse a gear whose schedule was tuned for other weights or asks for more blocks than there are.
+def check(gear: Gear, weights: str, depth: int, force: bool = False, shallowest: int = 1) -> None:
+    """Refuse a gear whose schedule was tuned for other weights, or asks for more or fewer blocks than can be run.
 
-    `force` accepts other weights, never more blocks.
+    `force` accepts other weights, never other depths. `shallowest` is the least that the backbone runs.
     """
     schedule = gear.schedule
     if schedule.weights and schedule.weights != weights and not force:
@@ -50,3 +50,7 @@ def check(gear: Gear, weights: str, depth: int, force: bool = False) -> None:
         )
     if max(schedule.depths) > depth:
         raise ScheduleMismatch(f"gear {gear.name!r} asks for {max(schedule.depths)} blocks of {depth}")
+    if min(schedule.depths) < shallowest:
+        raise ScheduleMismatch(
+            f"gear {gear.name!r} asks for {min(schedule.depths)} blocks, but this backbone always runs {shallowest}"
+        )

@@ -16,23 +16,33 @@ def trajectory(process: Process, steps: int, options: SolverOptions) -> Trajecto
     """An Euler row at the start of each step, a corrector row at its end; both slopes averaged."""
     route = path(process, steps, options, "level")
     hats = churned(process, route, options)
-    firsts = [transfer(hat, there) for hat, there in zip(hats, route.points[1:], strict=True)]
-    seconds = [average(process, hat, there) for hat, there in zip(hats[:-1], route.points[1:-1], strict=True)]
-    scale = fold(route, hats, options, [*seconds, firsts[-1]])
+    pairs = list(zip(hats, route.points[1:], strict=True))
+    halves = straight if process.prediction == "flow" and process.clip is None else curved
+    rows = [halves(process, here, there) for here, there in pairs[:-1]]
+    last = transfer(*pairs[-1])
+    scale = fold(route, hats, options, [*(corrector for _, corrector in rows), last])
     evaluations = []
-    for hat, there, first, second in zip(hats, route.points[1:], firsts, seconds, strict=False):
-        evaluations += [(hat, first), (there, second)]
-    return assemble(process, [*evaluations, (hats[-1], firsts[-1])], scale)
+    for (here, there), (euler, corrector) in zip(pairs[:-1], rows, strict=True):
+        evaluations += [(here, euler), (there, corrector)]
+    return assemble(process, [*evaluations, (hats[-1], last)], scale)
 
 
-def average(process: Process, here: Point, there: Point) -> Row:
+def curved(process: Process, here: Point, there: Point) -> tuple[Row, Row]:
     """x'/c' = s/c + (tau' - tau) (slope + slope') / 2: s the state and h1 the estimate at the start of the step."""
     tau, c, a, b = process.slope(here)
     tau_next, c_next, a_next, b_next = process.slope(there)
     half = 0.5 * (tau_next - tau)
-    return {
+    corrector = {
         "a_s": c_next / c * (1.0 + half * a),
         "a_1": c_next * half * b,
         "a_y": half * a_next,
         "a_m": c_next * half * b_next,
     }
+    return transfer(here, there), corrector
+
+
+def straight(process: Process, here: Point, there: Point) -> tuple[Row, Row]:
+    """The same where the network predicts the slope: m and h1 are slopes, which (x - m) / sigma would round."""
+    step = there.sigma - here.sigma
+    output = {"c_x": 0.0, "c_o": 1.0}
+    return output | {"a_y": 1.0, "a_m": step}, output | {"a_y": 0.0, "a_s": 1.0, "a_1": 0.5 * step, "a_m": 0.5 * step}

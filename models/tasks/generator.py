@@ -14,7 +14,7 @@ from models.backends.interface import Setup
 from models.exits.plan import check
 from models.registry import BACKBONES, BACKENDS, CODECS, resolve
 from models.solvers.process import from_config, solvers_for
-from models.store import read_config, read_tensors, weights_digest
+from models.store import StoreError, read_config, read_tensors, weights_digest
 from models.tasks.decoding import DecodeStage
 from models.tasks.device import pick_device
 from models.tasks.gears import read_gears
@@ -26,7 +26,10 @@ NETWORK = "model.safetensors"
 def load_model(folder: Path) -> tuple[Backbone, dict[str, Any], str]:
     """The network of a generator folder (eval mode, float32), its config and weights digest."""
     config = read_config(folder, "generator")
-    model: Backbone = resolve(BACKBONES, config["backbone"]).from_config(config["network"])
+    try:
+        model: Backbone = resolve(BACKBONES, config["backbone"]).from_config(config["network"])
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"{folder}/config.json: backbone or network: {error}") from None
     model.load_state_dict(read_tensors(folder, NETWORK, config["files"]))
     return model.eval().requires_grad_(False), config, weights_digest(config["files"])
 
@@ -36,7 +39,7 @@ def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) ->
     model, config, weights = load_model(folder)
     gears, default = read_gears(folder, model.depth)
     for gear in gears:
-        check(gear, weights, model.depth, runtime.force_schedules)
+        check(gear, weights, model.depth, runtime.force_schedules, max(1, model.always))
     where = pick_device(device)
     process = from_config(config["process"])
     decoding = load_decoding(folder, config, model, slots, where)

@@ -11,6 +11,7 @@ import typer
 
 from models.api import ExitSchedule
 from models.evaluation.classify import calibrate, choose_bridge
+from models.solvers.process import Cosine, from_config
 from models.store import read_config, weights_digest, write_json, write_model
 from models.tasks.classifier import load_members
 from models.tasks.gears import write_gears
@@ -20,7 +21,7 @@ from models.training.data import splits
 from models.training.diffusion import DiffusionRecipe, model_config, train_diffusion
 from models.training.exits import ExitsRecipe, train_exits
 from models.training.members import MembersRecipe, train_members
-from models.training.recipe import read_recipe
+from models.training.recipe import RecipeError, read_recipe
 
 app = typer.Typer(no_args_is_help=True, help="Train the models of the zoo, or yours, from recipes.")
 Recipe = Annotated[Path, typer.Option(help="Recipe file (TOML); see models/training/recipes.")]
@@ -31,7 +32,7 @@ Out = Annotated[Path, typer.Option(help="Folder for model folders and, under run
 def unmeasured(
     schedules: dict[str, ExitSchedule], weights: str, defaults: DiffusionRecipe | ExitsRecipe
 ) -> list[dict[str, Any]]:
-    """Entries of gears.json before `offramp eval --write` measures them."""
+    """Entries of gears.json before `offramp profile` measures them."""
     return [
         {
             "name": name,
@@ -68,6 +69,8 @@ def exits(recipe: Recipe, data: Data, out: Out) -> None:
     r = read_recipe(recipe, ExitsRecipe)
     train = splits(data).train
     model, config, _ = load_model(out / r.base)
+    if from_config(config["process"]) != Cosine(clip=config["process"].get("clip")) or "codec" in config:
+        raise RecipeError(f"{recipe}: base {r.base!r} is no pixel model of the cosine process that predicts v")
     model.requires_grad_(True)
     tuned, schedules, summary = train_exits(model, r, train.images, train.labels, out / "runs" / r.name)
     description = "Class-conditional pixel diffusion, early exits by diffusion time."

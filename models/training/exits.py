@@ -143,9 +143,11 @@ def error_table(
     return table
 
 
-def schedules(recipe: ExitsRecipe, depth: int, errors: Callable[[Sequence[int]], NDArray[np.float64]]) -> Any:
-    """A schedule per gear of the recipe; `errors` measures the cost table of depths when a share asks for it."""
-    depths = list(range(recipe.shallowest, depth + 1))
+def schedules(
+    recipe: ExitsRecipe, depths: Sequence[int], errors: Callable[[Sequence[int]], NDArray[np.float64]]
+) -> dict[str, ExitSchedule]:
+    """A schedule per gear of the recipe; `errors` measures the cost table of `depths` when a share asks for it."""
+    depth = depths[-1]
     shares = [share for share in recipe.gears.values() if not isinstance(share, Mapping) and share < 1]
     costs = errors(depths) if shares else None
     evaluations = visits(uniform_times(recipe.steps), recipe.bins)
@@ -167,9 +169,10 @@ def train_exits(
     """Explore, optimise, fine-tune. Returns the averaged network, a schedule per gear, the summary."""
     torch.manual_seed(recipe.seed)
     batches = Batches(images, labels, model.null_label, recipe.label_dropout)
+    depths = range(max(recipe.shallowest, model.always), model.depth + 1)
 
     def anywhere(u: NDArray[np.float64]) -> NDArray[np.int64]:
-        return torch.randint(recipe.shallowest, model.depth + 1, (len(u),)).numpy()
+        return torch.randint(depths.start, depths.stop, (len(u),)).numpy()
 
     explored = fine_tune(model, recipe, recipe.explore, batches, anywhere, out / "explore", "explore")
     assert isinstance(explored.ema, Backbone)
@@ -180,7 +183,7 @@ def train_exits(
         append_log(out, errors=table.tolist(), depths=list(depths))
         return table
 
-    chosen = schedules(recipe, model.depth, errors)
+    chosen = schedules(recipe, depths, errors)
     lighter = [schedule for schedule in chosen.values() if min(schedule.depths) < model.depth]
 
     def by_gear(u: NDArray[np.float64]) -> NDArray[np.int64]:

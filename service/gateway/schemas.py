@@ -40,6 +40,24 @@ def to_params(kind: type[P], model: BaseModel) -> P:
     return kind(**(values | nested))
 
 
+def body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a body with nested models written out, as an OpenAPI page needs it."""
+    schema = model.model_json_schema()
+    nested = schema.pop("$defs", {})
+
+    def inline(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inline(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return inline(nested[node["$ref"].rsplit("/", 1)[1]])
+        return {key: inline(value) for key, value in node.items()}
+
+    inlined: dict[str, Any] = inline(schema)
+    return inlined
+
+
 def _constrained(hint: Any, bounds: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         return reduce(or_, (_constrained(member, bounds) for member in get_args(hint)))

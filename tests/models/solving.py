@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 from models.api import SolverOptions
@@ -61,14 +62,17 @@ def solve(name, process, steps, **options):
 
 
 def run(trajectory, network, x, noise=None, variance=None):
-    """Float64 sampling: `network(scaled state, time)`, `noise(evaluation)`; the state after every evaluation."""
+    """Sampling: `network(scaled state, time)`, `noise(evaluation)`; the state after every evaluation.
+
+    In the precision of `x`; `variance(evaluation)` is the learned one.
+    """
     s, h1, h2 = (torch.zeros_like(x) for _ in range(3))
     states = []
     for e, row in enumerate(torch.from_numpy(trajectory.coef)):
         coef = row.to(x.dtype).expand(len(x), -1)
         o = network(row[INDEX["c_in"]].to(x.dtype) * x, row[INDEX["t"]].item())
-        z = torch.zeros_like(x) if noise is None or row[INDEX["a_n"]] == 0 else noise(e)
-        x, s, h1, h2 = update(coef, x, s, h1, h2, o, z, None if variance is None else variance(e))
+        z = torch.zeros_like(x) if noise is None or row[INDEX["a_n"]] == 0 else noise(e).to(x.dtype)
+        x, s, h1, h2 = update(coef, x, s, h1, h2, o, z, None if variance is None else variance(e).to(x.dtype))
         states.append(x)
     return states
 
@@ -90,15 +94,36 @@ def exact_state(point, quantile):
     return point.alpha * MEAN + math.hypot(point.alpha * STD, point.sigma) * quantile
 
 
+def analytic(process):
+    """The perfect network, told its scaled input and its time only."""
+
+    def network(x, t):
+        point, c_in = at_time(process, t), 1.0
+        if process.kind == "edm":
+            c_in = process.denoise(point)["c_in"]
+        return exact_output(process, point, x.double() / c_in).to(x.dtype)
+
+    return network
+
+
+def at_time(process, t):
+    """The point that a network time stands for."""
+    if process.kind == "discrete":
+        return process.at_level(t, float(np.interp(t, np.arange(process.timesteps), process.ratios)))
+    if process.kind == "edm":
+        return process.at_ratio(math.exp(4 * t))
+    return process.at(t / (process.timesteps if process.kind == "flow" else {"cosine": 1, "vpsde": 999}[process.kind]))
+
+
 class Fixed(torch.nn.Module):
     """A small random network of state and time, float64, the same everywhere."""
 
-    def __init__(self, horizon):
+    def __init__(self, process):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.first = torch.randn(8, 6, generator=generator, dtype=torch.float64) / 3
         self.second = torch.randn(6, 4, generator=generator, dtype=torch.float64) / 3
-        self.horizon = horizon
+        self.horizon = {"discrete": 1000, "vpsde": 999, "flow": 1000}.get(process.kind, 1)
 
     def forward(self, x, t):
         """(N, 1, 2, 2) at time t -> (N, 1, 2, 2)."""

@@ -1,6 +1,9 @@
 """Diffusion backbones: the contract over the registry, and U-ViT against a plain per-row reading of its paper."""
 
+import importlib.util
+import json
 import math
+import re
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from models.backbones.macs import count_macs
 from models.registry import BACKBONES, resolve
 from models.store import ZOO, read_config, read_tensors
 from tests.models.backbone_contract import CONTRACT, randomised, rows
+from tests.support import REPO
 
 SMALL = {
     "dit": {
@@ -175,3 +179,21 @@ def test_fashion_dit_still_loads_and_is_what_it_was():
     model = resolve(BACKBONES, config["backbone"]).from_config(config["network"])
     model.load_state_dict(read_tensors(folder, "model.safetensors", config["files"]), strict=True)
     assert (model.learned_variance, model.always, model.bypasses, len(model.embedders)) == (False, 0, False, 0)
+
+
+@pytest.fixture(scope="module")
+def mixer(tmp_path_factory):
+    """The example of docs/add-a-backbone.md, taken from the page."""
+    page = (REPO / "docs" / "add-a-backbone.md").read_text()
+    path = tmp_path_factory.mktemp("docs") / "mixer.py"
+    path.write_text(re.search(r"```python\n(.*?)```", page, re.S)[1])
+    spec = importlib.util.spec_from_file_location("mixer", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    network = json.loads(re.search(r'"mixer": \{"plain": (\{.*?\})\}', page)[1])
+    return lambda: randomised(module.Mixer.from_config(network))
+
+
+@pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__)
+def test_the_example_of_the_docs_keeps_the_contract(mixer, check):
+    check(mixer())

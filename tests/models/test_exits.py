@@ -55,6 +55,8 @@ def test_a_schedule_for_other_weights_is_refused():
     check(gear, "b" * 64, 8, force=True)
     with pytest.raises(ScheduleMismatch, match="3 blocks of 2"):
         check(gear, "a" * 64, 2, force=True)
+    with pytest.raises(ScheduleMismatch, match="always runs 4"):
+        check(gear, "a" * 64, 8, shallowest=4)
 
 
 def test_price_counts_guided_rows_twice():

@@ -9,36 +9,13 @@ from models.solvers.base import DATA
 from models.solvers.noise import normal
 from models.solvers.process import solvers_for
 from models.solvers.table import FIELDS, INDEX, Trajectory
-from tests.models.solving import MEAN, PROCESSES, STD, exact_output, exact_state, run, solve, start
+from tests.models.solving import MEAN, PROCESSES, STD, analytic, exact_state, run, solve, start
 
 PAIRS = [(name, kind) for name in SOLVERS for kind, process in PROCESSES.items() if name in solvers_for(process)]
 STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "euler_maruyama")
 NOT_DENOISED = ("euler_maruyama",)  # solvers whose last step is not the denoised estimate
 
 pairs = pytest.mark.parametrize(("name", "kind"), PAIRS)
-
-
-def perfect(process, trajectory):
-    """A perfect network for the analytic model: told x and t only, it finds its point among those visited."""
-    points = {}
-    for row, u in zip(trajectory.coef, trajectory.u, strict=True):
-        points[row[INDEX["t"]]] = (visited(process, row, u), row[INDEX["c_in"]])
-
-    def network(x, t):
-        point, c_in = points[t]
-        return exact_output(process, point, x / c_in)
-
-    return network
-
-
-def visited(process, row, u):
-    """The point of an evaluation, from its time."""
-    t = row[INDEX["t"]]
-    if process.kind == "discrete":
-        return process.at_level(t, float(np.interp(t, np.arange(process.timesteps), process.ratios)))
-    if process.kind == "edm":
-        return process.at_ratio(float(np.exp(4 * t)))
-    return process.at(u)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 20, 500])
@@ -88,10 +65,10 @@ def test_it_samples_the_data_distribution(name, kind):
     def noise(e):
         return normal(seeds, torch.full_like(seeds, e), (1, 1, 1)).double()
 
-    out = run(trajectory, perfect(process, trajectory), noise(-1) * trajectory.scale, noise)[-1]
+    out = run(trajectory, analytic(process), noise(-1) * trajectory.scale, noise)[-1]
     assert abs(out.mean().item() - MEAN) < 0.06
     assert abs(out.std().item() - STD) < 0.08
-    again = run(solve(name, process, 80), perfect(process, trajectory), noise(-1) * trajectory.scale, noise)[-1]
+    again = run(solve(name, process, 80), analytic(process), noise(-1) * trajectory.scale, noise)[-1]
     assert torch.equal(out, again)
 
 
@@ -103,7 +80,7 @@ def test_a_solver_without_noise_follows_the_probability_flow(name, kind):
         assert process.clip is not None or (trajectory.coef[:-1, INDEX["a_n"]] > 0).all()
         return
     assert (trajectory.coef[:, INDEX["a_n"]] == 0).all()
-    out = run(trajectory, perfect(process, trajectory), start() * trajectory.scale)[-1]
+    out = run(trajectory, analytic(process), start() * trajectory.scale)[-1]
     assert (out - exact_state(DATA, start())).abs().max() < 0.05
 
 

@@ -11,6 +11,7 @@ import torch
 
 from models.api import UserError
 from models.backbones.dit import DiT, DiTConfig
+from models.backbones.uvit import UViT, UViTConfig
 from models.training.data import DataError, read, splits
 from models.training.diffusion import DiffusionRecipe, perturb, sample_times, train_diffusion
 from models.training.exits import ExitsRecipe, loss_weights, train_exits
@@ -193,6 +194,19 @@ def test_every_option_of_exit_training_trains(base, changes, tmp_path):
     moved = [k for k, v in tuned.state_dict().items() if not torch.equal(v, model.state_dict()[k])]
     assert any(k.startswith("blocks.0") for k in moved)
     assert not any(k.startswith("time") for k in moved)
+
+
+def test_any_backbone_learns_its_exits(base, tmp_path):
+    """A U-ViT: encoder and middle always run, so the shallowest exit is theirs."""
+    _, images, labels = base
+    torch.manual_seed(0)
+    config = UViTConfig(image_size=8, channels=1, patch=4, width=32, depth=5, heads=2, classes=2, conv=False)
+    model = UViT(config)
+    recipe = exits_recipe(gears={"full": 1.0, "eco": 0.8}, distill=0.5)
+    tuned, schedules, _ = train_exits(copy.deepcopy(model), recipe, images, labels, tmp_path)
+    assert schedules["full"].depths == (5,)
+    assert model.always <= min(schedules["eco"].depths) < 5
+    assert any(not torch.equal(a, b) for a, b in zip(tuned.parameters(), model.parameters(), strict=True))
 
 
 def test_distilling_alone_teaches_exits_the_full_output(base, tmp_path):

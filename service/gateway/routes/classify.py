@@ -24,11 +24,12 @@ from service.gateway.schemas import (
     ClassifyResponse,
     RankedClass,
     Timings,
+    body_schema,
 )
 from service.protocol import Prediction
 
 JSON = "application/json"
-_FORM = ClassifyForm.model_json_schema()
+_FORM = body_schema(ClassifyForm)
 _FORM["properties"]["images"] = {"type": "array", "items": {"type": "string", "format": "binary"}}
 
 router = APIRouter()
@@ -40,7 +41,7 @@ router = APIRouter()
         "requestBody": {
             "required": True,
             "content": {
-                JSON: {"schema": ClassifyRequest.model_json_schema()},
+                JSON: {"schema": body_schema(ClassifyRequest)},
                 "multipart/form-data": {"schema": _FORM},
             },
         }

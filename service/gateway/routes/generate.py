@@ -25,6 +25,7 @@ from service.gateway.schemas import (
     GenerateRequest,
     GenerateResponse,
     Timings,
+    body_schema,
 )
 from service.protocol import Result
 
@@ -46,7 +47,7 @@ router = APIRouter()
         }
     },
     openapi_extra={
-        "requestBody": {"required": True, "content": {JSON: {"schema": GenerateRequest.model_json_schema()}}}
+        "requestBody": {"required": True, "content": {JSON: {"schema": body_schema(GenerateRequest)}}}
     },
 )
 async def generate(

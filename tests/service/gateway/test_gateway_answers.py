@@ -132,10 +132,14 @@ async def test_health_and_docs(http: httpx.AsyncClient) -> None:
     assert (await http.get("/healthz")).json() == {"status": "ok"}
     assert (await http.get("/readyz")).json() == {"status": "ready", "models": {"drawer": 1, "judge": 1}}
     assert (await http.get("/docs")).status_code == 200
-    paths = (await http.get("/openapi.json")).json()["paths"]
+    page = await http.get("/openapi.json")
+    assert "$defs" not in page.text
+    paths = page.json()["paths"]
     bodies = paths["/classify"]["post"]["requestBody"]["content"]
     assert bodies.keys() == {"application/json", "multipart/form-data"}
-    assert paths["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]["n"]
+    fields = paths["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    assert fields["n"]["maximum"] == 64
+    assert "churn" in fields["solver_options"]["anyOf"][0]["properties"]
 
 
 async def test_metrics_count_requests_and_read_the_queue(http: httpx.AsyncClient) -> None:
