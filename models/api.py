@@ -313,6 +313,6 @@ class Runtime:
     """
 
     backend: str = "eager"
-    budget_s: float = 20.0
+    budget_s: float = 60.0
     cache: str = ".offramp/cache"
     force_schedules: bool = False

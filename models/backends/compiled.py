@@ -22,7 +22,6 @@ def build(setup: Setup) -> Backend:
     """Compile every part now. Unavailable without what inductor needs: a C++ compiler (CPU), Triton (CUDA)."""
     began = time.monotonic()
     check_tools(setup.device)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(setup.cache / "inductor"))
     programs = make_programs(setup, setup.segments, compile_part)
     took = time.monotonic() - began
     return Executor("compiled", f"torch.compile, {len(programs.programs)} parts in {took:.0f} s", setup, programs)
@@ -38,7 +37,10 @@ def check_tools(device: torch.device) -> None:
 
 @torch.inference_mode()
 def compile_part(part: Part) -> Program:
-    """Compile for one row and for several, now: freezing reads its setting when a program is traced."""
+    """Compile for one row and for several, now: freezing reads its setting when a program is traced.
+
+    Programs are compiled for inference tensors; others are made into such, or dynamo would compile again.
+    """
     # All parts of a kind share a code object, and dynamo counts recompilations by code object.
     torch._dynamo.config.recompile_limit += PROGRAMS_A_PART
     program: Program = torch.compile(part.run, dynamic=True, fullgraph=True, backend=COMPILER)
@@ -49,4 +51,4 @@ def compile_part(part: Part) -> Program:
     except Exception as error:
         reason = " ".join(str(error).split("\n\n")[0].split())
         raise BackendUnavailable(f"torch.compile of {part.name} failed: {reason}") from error
-    return program
+    return lambda *tensors: program(*(tensor if tensor.is_inference() else tensor.clone() for tensor in tensors))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones.interface import Segment
-from models.backends.interface import Backend, BackendUnavailable, Executor, Setup
+from models.backends.interface import TOLERANCE, Backend, BackendUnavailable, Executor, Setup, relative_error
 from models.backends.parts import Part, Program, make_programs
 from models.store import sha256
 
@@ -39,15 +39,22 @@ def build(setup: Setup) -> Backend:
         raise BackendUnavailable("the package onnxruntime is not installed: install the extra `cpu` or `gpu`")
     import onnxruntime
 
-    provider = "CUDAExecutionProvider" if setup.device.type == "cuda" else "CPUExecutionProvider"
-    if provider not in onnxruntime.get_available_providers():
-        raise BackendUnavailable(f"onnxruntime has no {provider} here: install onnxruntime-gpu (extra `gpu`)")
-    exports = Exports(setup, provider)
-    segments = short_segments(setup)
+    exports, segments = Exports(setup), short_segments(setup)
+    if exports.provider[0] not in onnxruntime.get_available_providers():
+        raise BackendUnavailable(
+            f"onnxruntime has no {exports.provider[0]} here: install onnxruntime-gpu (extra `gpu`)"
+        )
     programs = make_programs(setup, segments, exports.program)
     took = time.monotonic() - began
-    note = f"onnxruntime {provider}, {len(programs.programs)} parts ({exports.made} exported) in {took:.1f} s"
+    note = f"{exports.provider[0]}, {len(programs.programs)} parts ({exports.made} exported) in {took:.1f} s"
     return Executor("onnx", note, setup, programs, segments)
+
+
+def provider_for(device: torch.device) -> tuple[str, dict[str, int]]:
+    """onnxruntime's provider for a torch device and its options; float32 stays float32."""
+    if device.type == "cuda":
+        return "CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": 0}
+    return "CPUExecutionProvider", {}
 
 
 def short_segments(setup: Setup) -> list[Segment]:
@@ -61,11 +68,15 @@ def short_segments(setup: Setup) -> list[Segment]:
     ]
 
 
+class BadExport(Exception):
+    """A file that is not, or no longer, the export of a part of this network."""
+
+
 class Exports:
     """The exported parts of one network in the cache; `made` counts those that had to be exported."""
 
-    def __init__(self, setup: Setup, provider: str) -> None:
-        self.setup, self.provider, self.made = setup, provider, 0
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.provider, self.made = setup, provider_for(setup.device), 0
         self.folder = setup.cache / "onnx" / (setup.weights[:16] or "unnamed")
 
     def program(self, part: Part) -> Program:
@@ -73,10 +84,15 @@ class Exports:
         for path in sorted(self.folder.glob(f"{part.name}.*.onnx")):
             try:
                 return self._load(part, path)
-            except BackendUnavailable as error:
+            except BadExport as error:
                 log.warning("%s: exported again", error)
                 path.unlink(missing_ok=True)
-        return self._load(part, self._export(part))
+        try:
+            return self._load(part, self._export(part))
+        except OSError as error:
+            raise BackendUnavailable(f"cannot keep exports: {error}; set OFFRAMP_CACHE_DIR") from error
+        except BadExport as error:
+            raise BackendUnavailable(f"the exporter made a wrong file: {error}") from error
 
     def _metadata(self, part: Part) -> dict[str, str]:
         """What a file must say to be the part's."""
@@ -87,23 +103,50 @@ class Exports:
         import onnxruntime
 
         if sha256(path)[:32] != path.name.split(".")[-2]:
-            raise BackendUnavailable(f"{path} is damaged")
+            raise BadExport(f"{path} is damaged")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        session = onnxruntime.InferenceSession(path, options, providers=[self.provider])
+        try:
+            session = onnxruntime.InferenceSession(path, options, providers=[self.provider])
+        except Exception as error:
+            raise BackendUnavailable(f"onnxruntime cannot run {path}: {error}") from error
+        if session.get_providers()[0] != self.provider[0]:
+            raise BackendUnavailable(f"onnxruntime's {self.provider[0]} does not start: its CUDA libraries are missing")
         said = session.get_modelmeta().custom_metadata_map
         for key, value in self._metadata(part).items():
             if said.get(key) != value:
-                raise BackendUnavailable(f"{path} has {key} {said.get(key)}, not {value}")
-        return Session(session, part, self.setup.device)
+                raise BadExport(f"{path} has {key} {said.get(key)}, not {value}")
+        on_host = self.setup.device.type == "cpu"
+        program = HostSession(session, part) if on_host else BoundSession(session, part, self.setup.device)
+        self._check(part, program, path)
+        return program
+
+    def _check(self, part: Part, program: Program, path: Path) -> None:
+        """Against the network as it is: its code or settings may have changed where its weights did not."""
+        given = part.example(2)
+        with torch.no_grad():
+            error = max(map(relative_error, program(*given), part.run(*given)))
+        if not error <= TOLERANCE:
+            raise BadExport(f"{path} differs from the network by {error:.1e}")
 
     def _export(self, part: Part) -> Path:
-        """Write the part's file; a crash leaves none, and two processes at once write one each."""
+        """Write the part's file; a crash leaves none that counts, and two processes at once write one each."""
         for package in ("onnx", "onnxscript"):
             if not importlib.util.find_spec(package):
                 raise BackendUnavailable(f"exporting to ONNX needs the package {package}")
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.made += 1
+        try:
+            program = self._trace(part)
+        except Exception as error:
+            raise BackendUnavailable(f"{part.name} cannot be exported to ONNX: {error}") from error
+        program.model.metadata_props.update(self._metadata(part))
+        fresh = self.folder / f"{part.name}.{os.getpid()}.new"
+        program.save(fresh, external_data=False)
+        return fresh.replace(self.folder / f"{part.name}.{sha256(fresh)[:32]}.onnx")
+
+    def _trace(self, part: Part) -> torch.onnx.ONNXProgram:
         rows = torch.export.Dim("rows", min=1, max=max(self.setup.rows, 2))
         with _quiet(), torch.no_grad():
             graph = torch.export.export(
@@ -121,30 +164,38 @@ class Exports:
                 verbose=False,
             )
         assert program is not None
-        program.model.metadata_props.update(self._metadata(part))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        fresh = self.folder / f"{part.name}.{os.getpid()}.new"
-        program.save(fresh, external_data=False)
-        return fresh.replace(self.folder / f"{part.name}.{sha256(fresh)[:32]}.onnx")
+        return program
 
 
-class Session:
-    """A program run by onnxruntime on the tensors where they lie, no copies."""
+class HostSession:
+    """A program run on CPU tensors where they lie: no copies, the outputs are onnxruntime's own arrays."""
+
+    def __init__(self, session: Any, part: Part) -> None:
+        self.session, self.part = session, part
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        """Outputs for the part's inputs."""
+        given = {name: tensor.numpy() for name, tensor in zip(self.part.inputs, tensors, strict=True)}
+        return [torch.from_numpy(array) for array in self.session.run(None, given)]
+
+
+class BoundSession:
+    """A program run on device tensors where they lie, by address."""
 
     def __init__(self, session: Any, part: Part, device: torch.device) -> None:
-        self.session, self.inputs, self.outputs, self.device = session, part.inputs, part.outputs, device
+        self.session, self.part, self.device = session, part, device
         with torch.no_grad():
             self.shapes = [tensor.shape[1:] for tensor in part.run(*part.example(1))]
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        """Outputs for `inputs`, on the same device."""
+        """Outputs for the part's inputs, on the same device."""
         binding = self.session.io_binding()
         where = self.device.type, self.device.index or 0
         given = [tensor.contiguous() for tensor in tensors]
         made = [torch.empty(len(given[0]), *shape, device=self.device) for shape in self.shapes]
-        for name, tensor in zip(self.inputs, given, strict=True):
+        for name, tensor in zip(self.part.inputs, given, strict=True):
             binding.bind_input(name, *where, KINDS[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
-        for name, tensor in zip(self.outputs, made, strict=True):
+        for name, tensor in zip(self.part.outputs, made, strict=True):
             binding.bind_output(name, *where, np.float32, tuple(tensor.shape), tensor.data_ptr())
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # onnxruntime has a stream of its own

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.backbones.interface import Segment
-from models.backends.interface import Setup
+from models.backends.interface import BackendUnavailable, Setup
 
 Program = Callable[..., Sequence[Tensor]]
 
@@ -61,12 +61,18 @@ class Programs:
 
 
 def make_programs(setup: Setup, segments: Sequence[Segment], make: Callable[[Part], Program]) -> Programs:
-    """Turn every part into a program; gives up (BackendUnavailable) where the deadline will be missed."""
-    began, programs = time.monotonic(), {}
-    wanted = parts(setup, segments)
-    for done, part in enumerate(wanted, 1):
+    """Turn every part into a program; BackendUnavailable as soon as the pace says that the deadline will be missed."""
+    wanted, programs = parts(setup, segments), dict[str, Program]()
+    began = first = now = time.monotonic()
+    for part in wanted:
         programs[part.name] = make(part)
-        setup.check_progress(began, done, len(wanted))
+        now = time.monotonic()
+        done, left = len(programs), len(wanted) - len(programs)
+        first = now if done == 1 else first  # the first also pays for imports: no measure of the pace
+        expected = now + left * (now - first) / max(done - 1, 1)
+        if expected > setup.deadline:
+            given = max(setup.deadline - began, 0.0)
+            raise BackendUnavailable(f"building takes about {expected - began:.0f} s, {given:.0f} s are left for it")
     return Programs(setup, programs)
 
 

@@ -14,7 +14,7 @@ from models.solvers.flow import Flow
 from models.solvers.grids import Path
 from models.solvers.options import SolverError
 
-OUTPUTS = ("a_y", "a_o", "a_m", "a_1", "a_2", "a_s", "a_n")
+OUTPUTS = ("a_y", "a_o", "a_m", "a_1", "a_2", "a_s")
 PARTS: dict[str, tuple[object, ...]] = {"churn": (), "churn_min": (), "churn_max": (), "churn_noise": ()}
 
 
@@ -30,6 +30,8 @@ def churned(process: Process, route: Path, options: SolverOptions) -> list[Point
         raise SolverError(message, "solver_options.churn")
     gamma = min(options.churn / (len(route.points) - 1), math.sqrt(2.0) - 1.0)
     low, high = options.churn_min or 0.0, math.inf if options.churn_max is None else options.churn_max
+    if low > high:
+        raise SolverError(f"churn_min {low} is above churn_max {high}", "solver_options.churn_min")
     return [
         process.at_ratio(p.ratio * (1.0 + gamma)) if low <= p.ratio <= high and p.alpha > 0.0 else p
         for p in route.points[:-1]
@@ -46,11 +48,11 @@ def rise(here: Point, hat: Point, options: SolverOptions) -> tuple[float, float]
 
 
 def fold(route: Path, hats: list[Point], options: SolverOptions, ends: list[Row]) -> float:
-    """Fold each step's churn into `ends`, the last row of every step, in place; returns the initial scale."""
+    """Fold each step's churn into `ends`, the last row of every step (no noise yet), in place: the initial scale."""
     rises = [rise(here, hat, options) for here, hat in zip(route.points[:-1], hats, strict=True)]
     for row, (f, n) in zip(ends[:-1], rises[1:], strict=True):
         for name in OUTPUTS:
             row[name] = f * row.get(name, 0.0)
-        row["a_n"] = math.hypot(row["a_n"], n)
+        row["a_n"] = n
     f, n = rises[0]
     return math.hypot(f * route.scale, n)

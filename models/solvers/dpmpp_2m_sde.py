@@ -1,4 +1,4 @@
-"""SDE-DPM-Solver++(2M): Lu et al. (2022, arXiv 2211.01095), appendix, with the Heun form of diffusers."""
+"""SDE-DPM-Solver++(2M): Lu et al. (2022, arXiv 2211.01095), midpoint form; the Heun form is diffusers'."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Ancestral Euler: an Euler step to less noise than asked, then fresh noise (Karras et al., 2022, appendix; the
-`sigma_up`, `sigma_down` of k-diffusion), which is one step of DDPM on the grid."""
+"""Ancestral sampling by noise level: Song et al. (ICLR 2021, arXiv 2011.13456), appendix F; k-diffusion's ancestral
+Euler. Down to less noise than asked, then up again by fresh noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Euler-Maruyama on the reverse SDE: Song et al. (ICLR 2021, arXiv 2011.13456), equation 6 and appendix E."""
+"""Euler-Maruyama on the reverse SDE of Song et al. (ICLR 2021, arXiv 2011.13456), equation 6."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def path(process: Process, steps: int, options: SolverOptions, family: Family) -
         points = by_time(process, grid, steps, family) + [process.lowest] * to_floor
     if not to_floor:
         points.append(DATA)
-    if any(here.ratio <= there.ratio for here, there in pairwise(points)):
+    if any(there.ratio > here.ratio * (1.0 - 1e-9) for here, there in pairwise(points)):
         raise SolverError(f"the {grid} grid has no room for {steps} separate steps; ask for fewer", "steps")
     return Path(tuple(points), process.initial(points[0], grid, family == "level"))
 
@@ -109,7 +109,7 @@ def trained_times(process: Discrete, grid: GridName, steps: int, family: Family)
         if times[0] >= total:
             raise SolverError(f"the leading grid starts past the last trained time; use fewer than {steps}", "steps")
     else:
-        times = np.linspace(0.0, total - 1.0, steps + extra)[::-1]
+        times = np.linspace(0.0, total - 1.0, max(2, steps + extra))[::-1]  # one step begins at noise, too
         if family != "level":
             times = np.round(times)
     return times[:steps].astype(np.float64)

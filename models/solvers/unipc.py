@@ -1,4 +1,4 @@
-"""UniPC of order 2, data prediction: Zhao et al. (NeurIPS 2023, arXiv 2302.04867), algorithms 5 to 8."""
+"""UniPC, multistep, data prediction: UniP-2 and UniC-2 of Zhao et al. (NeurIPS 2023, arXiv 2302.04867)."""
 
 from __future__ import annotations
 

@@ -99,9 +99,7 @@ class VPSDE(Continuous):
         """The u whose integral of beta is ln(1 + ratio^2)."""
         integral = math.log1p(ratio * ratio)
         root = math.sqrt(self.beta_min**2 + 2.0 * (self.beta_max - self.beta_min) * integral)
-        u = min(1.0, 2.0 * integral / (root + self.beta_min))
-        scale = 1.0 / math.hypot(1.0, ratio)
-        return Point(999.0 * u, u, scale, ratio * scale)
+        return self.at(min(1.0, 2.0 * integral / (root + self.beta_min)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +120,8 @@ class Discrete(Process):
             raise UserError("process.prediction: epsilon says nothing at zero terminal SNR; such models predict v")
         if self.timesteps < 2:
             raise UserError(f"process.timesteps: must be at least 2, got {self.timesteps}")
+        if self.steps_offset < 0:
+            raise UserError(f"process.steps_offset: must be at least 0, got {self.steps_offset}")
         self.alpha_bar  # noqa: B018  # computed now, so that a bad table is refused when it is read
 
     @cached_property
@@ -131,7 +131,7 @@ class Discrete(Process):
 
     @cached_property
     def ratios(self) -> NDArray[np.float64]:
-        """sigma / alpha of every time (timesteps,), finite: zero terminal SNR is a very small one here."""
+        """sigma / alpha of every time (timesteps,), finite and never falling: zero terminal SNR is TERMINAL here."""
         squares = np.maximum(self.alpha_bar, TERMINAL) if self.zero_terminal_snr else self.alpha_bar
         return np.sqrt((1.0 - squares) / squares)
 

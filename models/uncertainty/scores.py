@@ -7,6 +7,20 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 TINY = 1e-12
+FLAT = 1e-10  # a slope of the NLL that rounding cannot tell from 0
+LEAST = -700.0  # log probability of what is impossible, still finite in float64
+
+# Which way a score points: +1 where more is more uncertain, -1 where more is surer.
+DIRECTION = {
+    "entropy": 1,
+    "margin": -1,
+    "max_probability": -1,
+    "energy": 1,
+    "source_entropy": 1,
+    "disagreement_source_vs_estimate": 1,
+    "expected_entropy": 1,
+    "mutual_information": 1,
+}
 
 
 def log_softmax(z: Floats) -> Floats:
@@ -43,31 +57,56 @@ def margin(p: Floats) -> Floats:
     return top[..., 1] - top[..., 0]
 
 
+def energy(z: Floats, temperature: float = 1.0) -> Floats:
+    """Free energy -T log sum exp(z / T) (...,) of raw logits (..., K) (Liu et al., NeurIPS 2020).
+
+    It reads the logits' offset, which averaging, centring and bridges discard: for one network's own logits only.
+    """
+    top = z.max(-1)
+    return -top - temperature * np.log(np.exp((z - top[..., None]) / temperature).sum(-1))
+
+
+def as_uncertainty(name: str, score: Floats) -> Floats:
+    """A score by its key, turned so that more is more uncertain."""
+    return DIRECTION[name] * score
+
+
 def nll(p: Floats, labels: NDArray[np.int64]) -> float:
     """Mean negative log likelihood of labels (N,) under probabilities (N, K)."""
     return float(-np.log(np.maximum(p[np.arange(len(labels)), labels], TINY)).mean())
 
 
 def fit_temperature(log_p: Floats, labels: NDArray[np.int64]) -> float:
-    """Temperature that minimises the NLL of softmax(log p / T), by golden section over log T in [0.05, 20]."""
-    low, high = np.log(0.05), np.log(20.0)
-    golden = (np.sqrt(5.0) - 1.0) / 2.0
-    a, b = high - golden * (high - low), low + golden * (high - low)
+    """Temperature that minimises the NLL of softmax(log p / T) (Guo et al., ICML 2017), in [0.05, 20].
 
-    def cost(log_t: float) -> float:
-        return nll(soften(log_p, float(np.exp(log_t))), labels)
+    The NLL is convex in b = 1 / T with slope mean(E_b[log p] - log p_label), whose sign is bisected over log b.
+    Labels that are always the likeliest class end at 0.05; probabilities that no temperature changes give 1.
 
-    cost_a, cost_b = cost(a), cost(b)
-    while high - low > 1e-5:
-        if cost_a < cost_b:
-            high, b, cost_b = b, a, cost_a
-            a = high - golden * (high - low)
-            cost_a = cost(a)
+    Args:
+        log_p: log probabilities or logits (N, K); an ensemble's are those of the averaged probability.
+        labels: classes (N,).
+
+    Raises:
+        ValueError: no rows, or a row whose largest entry is not finite.
+    """
+    if not len(labels) or not np.isfinite(log_p.max(-1)).all():
+        raise ValueError("a temperature needs rows, each with a finite largest entry and no NaN")
+    z = np.maximum(log_softmax(log_p), LEAST)
+    own = z[np.arange(len(labels)), labels]
+
+    def slope(b: float) -> float:
+        return float(((np.exp(log_softmax(b * z)) * z).sum(-1) - own).mean())
+
+    low, high = -np.log(20.0), np.log(20.0)
+    if max(abs(slope(np.exp(low))), abs(slope(np.exp(high)))) < FLAT:
+        return 1.0
+    while high - low > 1e-6:
+        middle = 0.5 * (low + high)
+        if slope(np.exp(middle)) > FLAT:
+            high = middle
         else:
-            low, a, cost_a = a, b, cost_b
-            b = low + golden * (high - low)
-            cost_b = cost(b)
-    return float(np.exp(0.5 * (low + high)))
+            low = middle
+    return float(np.exp(-0.5 * (low + high)))
 
 
 def describe(p: Floats, temperature: float) -> dict[str, Floats]:

@@ -105,3 +105,11 @@ def test_a_bad_table_is_refused_by_name(table, named):
 
 def test_squared_cosine_needs_no_start_and_end():
     assert (discrete(betas=SQUARED).alpha_bar == discrete(betas=SQUARED | {"start": 1, "end": 2}).alpha_bar).all()
+
+
+def test_the_time_of_edm_is_the_quantile_of_its_training_noise():
+    process = edm(p_mean=-0.4, p_std=2.0)
+    for deviations, quantile in ((-1, 0.15865525), (0, 0.5), (1, 0.84134475)):
+        point = process.at_ratio(math.exp(-0.4 + 2.0 * deviations))
+        assert point.u == pytest.approx(quantile)
+        assert point.t == pytest.approx(0.25 * (-0.4 + 2.0 * deviations))

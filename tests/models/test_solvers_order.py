@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from tests.models.solving import analytic, at_time, cosine, discrete, edm, exact_state, flow, run, solve, start, vpsde
+from tests.models.solver_contract import error
+from tests.models.solving import cosine, discrete, edm, flow, vpsde
 
 PROCESSES = {
     "edm": edm(sigma_min=0.1, sigma_max=10.0),
@@ -25,7 +26,7 @@ SOLVERS = {
     "dpmpp_2m": (2, "dpmpp_2m", TO_FLOOR),
     "dpmpp_2m heun": (2, "dpmpp_2m", TO_FLOOR | {"form": "heun"}),
     "unipc without corrector": (2, "unipc", TO_FLOOR | {"corrector": False}),
-    "unipc bh2": (3, "unipc", TO_FLOOR),  # the corrector adds one: Zhao et al. (2023), theorem 3.1
+    "unipc bh2": (3, "unipc", TO_FLOOR),  # UniC raises the order by one (Zhao et al., 2023)
     "unipc bh1": (3, "unipc", TO_FLOOR | {"form": "bh1"}),
 }
 
@@ -37,20 +38,11 @@ def fits(kind, name):
     return kind != "discrete" or name in ("euler", "heun")
 
 
-def error(name, process, steps, options):
-    """Largest error of the state at the last noise level above none, from an exact start."""
-    trajectory = solve(name, process, steps, grid="logsnr", **options)
-    first = at_time(process, trajectory.coef[0, 0])
-    states = run(trajectory, analytic(process), exact_state(first, start()))
-    reached = states[-1] if "final_sigma" in options else states[-2]
-    return (reached - exact_state(process.lowest, start())).abs().max().item()
-
-
 @pytest.mark.parametrize(
     ("kind", "solver"), [(kind, s) for kind in PROCESSES for s, (_, name, _) in SOLVERS.items() if fits(kind, name)]
 )
 def test_order_of_convergence(kind, solver):
     order, name, options = SOLVERS[solver]
-    coarse, fine = (error(name, PROCESSES[kind], steps, options) for steps in (160, 320))
+    coarse, fine = (error(name, PROCESSES[kind], steps, **options) for steps in (160, 320))
     assert fine < 0.02
     assert order - 0.1 < math.log2(coarse / fine) < order + 0.2

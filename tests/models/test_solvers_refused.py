@@ -84,3 +84,8 @@ def test_churn_outside_its_range_is_no_churn(process):
     trajectory = solve("euler", process, 5, churn=5.0, churn_min=1e5)
     assert (trajectory.coef == solve("euler", process, 5).coef).all()
     assert math.isfinite(solve("euler", process, 5, churn=5.0).coef[:, 5:].max())
+
+
+def test_the_range_of_churn_includes_its_ends():
+    trajectory = solve("euler", edm(), 5, grid="exponential", churn=1.0, churn_min=80.0, churn_max=80.0)
+    assert trajectory.scale == pytest.approx(80.0 * 1.2)

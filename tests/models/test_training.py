@@ -252,6 +252,7 @@ def test_shipped_recipes_parse():
     kinds = {
         "fashion-dit": DiffusionRecipe,
         "fashion-exits": ExitsRecipe,
+        "fashion-gears": ExitsRecipe,
         "fashion-ensemble": MembersRecipe,
         "fashion-bridge": BridgeRecipe,
     }
