@@ -30,10 +30,10 @@ COPY service ./service
 COPY models ./models
 
 FROM build-worker AS build-worker-cpu
-RUN pip install --constraint constraints.txt ".[cpu]"
+RUN pip install --constraint constraints.txt ".[cpu,latent]"
 
 FROM build-worker AS build-worker-gpu
-RUN pip install --constraint constraints.txt ".[gpu]"
+RUN pip install --constraint constraints.txt ".[gpu,latent]"
 
 FROM base AS gateway
 COPY --from=build-gateway /opt/offramp /opt/offramp
@@ -46,7 +46,8 @@ ENTRYPOINT ["offramp"]
 CMD ["gateway"]
 
 FROM base AS worker
-ENV OFFRAMP_WORKER_HOST=0.0.0.0 OFFRAMP_WORKER_METRICS_PORT=9100
+ENV OFFRAMP_WORKER_HOST=0.0.0.0 OFFRAMP_WORKER_METRICS_PORT=9100 OFFRAMP_CACHE_DIR=/cache
+RUN install --directory --owner=10001 --group=10001 /cache
 USER 10001:10001
 EXPOSE 9100
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from models.api import UserError
 from models.evaluation.generate import GearScore, evaluate
 from models.evaluation.report import find, gears_table, provenance, timing_table, write_card
 from models.evaluation.timing import Ratio, time_gears, time_network
@@ -80,6 +82,21 @@ def picture(path: Path, scores: Sequence[GearScore], times: Mapping[str, Ratio],
     pyplot.close(figure)
 
 
+def write(
+    folder: Path,
+    stored: dict[str, Any],
+    kept: Sequence[GearScore],
+    times: Mapping[str, Ratio],
+    batch: int,
+    floor: float,
+    where: Mapping[str, Any],
+) -> None:
+    """gears.json with the gears of `kept`, in the order that they had."""
+    entries = {gear["name"]: gear for gear in stored["gears"]}
+    measured = [entry(entries[s.gear.name], s, times[s.gear.name], batch, floor) | dict(where) for s in kept]
+    write_gears(folder, measured, stored["default"])
+
+
 @app.command()
 def profile(
     model: Annotated[Path, typer.Argument(help="Model folder, or the name of a model of the zoo.")],
@@ -93,11 +110,14 @@ def profile(
 ) -> None:
     """Measure time against batch and depth, and cost and quality of every gear; keep the Pareto set."""
     folder = find(model)
+    if find_spec("matplotlib") is None:
+        raise UserError("offramp profile draws with matplotlib: pip install 'offramp[train]'")
+    images = splits(data)
     network, _, _ = load_model(folder)
     depths = sorted({depth for gear in load(folder, 1, "cpu").info.gears for depth in gear.schedule.depths})
     timing = time_network(network, ROWS, depths, repeats)
     times = time_gears(load(folder, batch, "cpu"), repeats)
-    result = evaluate(folder, find(judge), splits(data), n, seed, workers=workers)
+    result = evaluate(folder, find(judge), images, n, seed, workers=workers)
     stored = read_json(folder / "gears.json")
     kept = pareto(result["gears"], ("full", stored["default"]))
     where = provenance(threads=1)
@@ -113,18 +133,3 @@ def profile(
     }
     done = {"model": folder.name, "gears": summary, "dropped": dropped, "floor": result["floor"]}
     print(json.dumps({**done, "network": vars(timing), "n": n, "seed": seed, **where}))
-
-
-def write(
-    folder: Path,
-    stored: dict[str, Any],
-    kept: Sequence[GearScore],
-    times: Mapping[str, Ratio],
-    batch: int,
-    floor: float,
-    where: Mapping[str, Any],
-) -> None:
-    """gears.json with the gears of `kept`, in the order that they had."""
-    entries = {gear["name"]: gear for gear in stored["gears"]}
-    measured = [entry(entries[s.gear.name], s, times[s.gear.name], batch, floor) | dict(where) for s in kept]
-    write_gears(folder, measured, stored["default"])
