@@ -77,7 +77,7 @@ def picture(path: Path, scores: Sequence[GearScore], times: Mapping[str, Ratio],
         )
     axes.set(xlabel="layer evaluations, % of full", ylabel="Frechet distance", title=name, ylim=(0, None))
     axes.set_xlim(min(cost) - 5, max(cost) + 12)
-    axes.legend(loc="lower left", frameon=False)
+    axes.legend(loc=(0.03, 0.15), frameon=False)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)
 

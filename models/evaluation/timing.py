@@ -83,7 +83,7 @@ def time_network(model: Backbone, rows: Sequence[int], depths: Sequence[int], re
         condition = model.condition(torch.full((n,), 0.5), y)
         return lambda: model(x, condition, [depth] * n)
 
-    runs = {f"{n} {depth}": call(n, depth) for n in rows for depth in depths}
+    runs = {f"{n} {depth}": call(n, depth) for n in sorted(rows, reverse=True) for depth in depths}
     with one_thread():
         seconds = alternate(runs, repeats)
     table = np.array([[1000 * np.median(seconds[f"{n} {depth}"]) for depth in depths] for n in rows])
