@@ -76,10 +76,11 @@ def tick(task: Task, groups: Sequence[Sequence[int]]) -> None:
 
 def tick_at(task: Task, slots: Sequence[int], depth: int) -> None:
     """One tick with all rows at one depth."""
-    before = task.pool.depth.copy()
-    task.pool.depth[:] = depth
+    at = task.pool.done[slots]
+    before = task.pool.depth[slots, at]
+    task.pool.depth[slots, at] = depth
     tick(task, [slots])
-    task.pool.depth[:] = before
+    task.pool.depth[slots, at] = before
 
 
 def groups_of(keys: Sequence[Any]) -> list[list[int]]:

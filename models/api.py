@@ -217,7 +217,10 @@ class ClassifyWork:
 
 @dataclass(frozen=True)
 class GeneratedRow:
-    """One finished image: uint8 pixels (H, W, C) with what they cost, counted as it ran."""
+    """One finished image: uint8 pixels (H, W, C) with what they cost, counted as it ran.
+
+    `macs` and `macs_full`: conv + linear multiply-accumulates of the network; 0 where blocks tell the whole story.
+    """
 
     pixels: Any
     label: int
@@ -225,6 +228,8 @@ class GeneratedRow:
     exit_depths: tuple[int, ...]
     layer_evals: int
     layer_evals_full: int
+    macs: int = 0
+    macs_full: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ that still need them, `leave` on all. Exits: Moon et al. (ICML 2024); sorted pre
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -137,11 +138,11 @@ def sorted_prefix(
         Network output (N, C or 2 C, H, W), and the number of rows that each block ran on.
     """
     hidden, *kept = pieces.enter(x, condition)
-    total = len(depths)
+    total, rising = len(depths), depths[::-1]
     ran = [total] * pieces.always
     exited: list[Tensor] = []
     for segment in segments:
-        n = sum(depth > segment.rank for depth in depths)
+        n = total - bisect_right(rising, segment.rank)
         if not (n or pieces.bypasses):
             break
         ran += [n] * (segment.stop - segment.start)

@@ -1,4 +1,4 @@
-"""The fastest backend by measurement, one for all batch sizes, and never one slower than eager at any.
+"""The fastest backend by measurement, one for all batch sizes, and none that was slower than eager at any it measured.
 
 One for all, not one a batch size: a row's bits must not depend on how many rows happen to share its batch.
 """
@@ -14,7 +14,7 @@ from statistics import geometric_mean, median
 import torch
 from torch import Tensor
 
-from models.backends.interface import TOLERANCE, Backend, BackendUnavailable, Setup, relative_error
+from models.backends.interface import CONDITION_BLOCK, TOLERANCE, Backend, BackendUnavailable, Setup, relative_error
 from models.backends.parts import example_rows
 from models.registry import BACKENDS, resolve
 
@@ -22,7 +22,6 @@ CANDIDATES = {"cpu": ("onnx", "compiled"), "cuda": ("cudagraph", "onnx", "compil
 SLOW = {"compiled": 120.0}  # seconds of budget below which a build is not begun
 BUILDING, MEASURING = 0.75, 0.25  # shares of the budget
 ROWS = (1, 2, 8, 32)
-BLOCK = 8  # rows of a call of `condition`
 REPEATS, ENOUGH = 15, 3
 WORTH_IT = 1.05  # below this gain the network as it is stays
 
@@ -45,7 +44,7 @@ class Probe:
         depths = sorted((turns[i % len(turns)] for i in range(rows)), reverse=True)
         with torch.inference_mode():
             condition = setup.backbone.condition(t, label)
-        block = example_rows(setup, min(BLOCK, setup.rows))
+        block = example_rows(setup, CONDITION_BLOCK)
         return cls(block[1], block[2], x, condition, tuple(depths))
 
     def run(self, backend: Backend) -> tuple[Tensor, Tensor, list[int]]:

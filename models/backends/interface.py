@@ -20,6 +20,9 @@ from models.backbones.interface import Backbone, Pieces, Segment, segments_betwe
 TOLERANCE = 1e-4
 
 
+CONDITION_BLOCK = 8  # rows of every call of `condition`, whatever the batch: a fixed shape keeps a row's bits its own
+
+
 class BackendUnavailable(UserError):
     """A backend that cannot work here; the message says why."""
 
@@ -68,7 +71,7 @@ class Backend(Protocol):
     note: str
 
     def condition(self, t: Tensor, label: Tensor) -> Tensor:
-        """As `Backbone.condition`, for at most `Setup.rows` rows."""
+        """As `Backbone.condition`, for CONDITION_BLOCK rows."""
 
     def __call__(self, x: Tensor, condition: Tensor, depths: Sequence[int]) -> tuple[Tensor, list[int]]:
         """As `Backbone.forward`; the output is the caller's to keep."""

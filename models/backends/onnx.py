@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,8 @@ class Exports:
             except BadExport as error:
                 log.warning("%s: exported again", error)
                 path.unlink(missing_ok=True)
+            except FileNotFoundError:  # another process found it wanting
+                continue
         try:
             return self._load(part, self._export(part))
         except OSError as error:
@@ -142,7 +144,7 @@ class Exports:
         except Exception as error:
             raise BackendUnavailable(f"{part.name} cannot be exported to ONNX: {error}") from error
         program.model.metadata_props.update(self._metadata(part))
-        fresh = self.folder / f"{part.name}.{os.getpid()}.new"
+        fresh = self.folder / f"{part.name}.{token_hex(8)}.new"
         program.save(fresh, external_data=False)
         return fresh.replace(self.folder / f"{part.name}.{sha256(fresh)[:32]}.onnx")
 

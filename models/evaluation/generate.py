@@ -86,15 +86,18 @@ def balanced_work(
         solver=gear.solver,
         guidance=gear.guidance,
         gear=gear.name,
+        solver_options=gear.solver_options,
+        guidance_interval=gear.guidance_interval,
     )
 
 
 def run_work(task: GenerateTask, work: GenerateWork) -> tuple[Images, int]:
     """Run one job that fits the pool: images (n, H, W, C), and layer evaluations as counted."""
     slots = list(range(work.rows))
-    evaluations = task.admit(work, slots, slots)
-    for _ in range(evaluations[0]):
-        task.step(slots)
+    left = dict(zip(slots, task.admit(work, slots, slots), strict=True))
+    while left:
+        waiting = task.step(list(left)).waiting
+        left = {slot: n - (slot not in waiting) for slot, n in left.items() if n > 1 or slot in waiting}
     rows = task.collect(slots)
     return np.stack([row.pixels for row in rows]), sum(row.layer_evals for row in rows)
 

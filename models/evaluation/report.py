@@ -28,9 +28,12 @@ def find(model: Path) -> Path:
 def provenance(threads: int | None = None) -> dict[str, str]:
     """Date, machine and commit of a measurement; `threads` of torch, those set now if None."""
     run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ZOO, capture_output=True, text=True, check=False)
+    commit = run.stdout.strip() or "unknown"
+    if subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ZOO, capture_output=True, check=False).returncode == 1:
+        commit += "-dirty"
     count = torch.get_num_threads() if threads is None else threads
     machine = f"{os.cpu_count()} cores {platform.machine()}, {count} torch thread{'s' if count > 1 else ''}"
-    return {"date": date.today().isoformat(), "machine": machine, "commit": run.stdout.strip() or "unknown"}
+    return {"date": date.today().isoformat(), "machine": machine, "commit": commit}
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -60,6 +60,8 @@ def draw(folder: Path, gears: Sequence[Gear], screen: Screen) -> dict[str, tuple
                 "solver": gear.solver,
                 "steps": gear.steps,
                 "guidance": gear.guidance,
+                "solver_options": gear.solver_options.given(),
+                "guidance_interval": list(gear.guidance_interval),
             }
             for gear in gears
         ]

@@ -27,7 +27,7 @@ class Imported:
         tensors: the backbone's, in the precision of the source.
         gear: solver, steps, solver_options and guidance of the gear `full`.
         codec: name, config and tensors of the codec, None for pixel models.
-        guided_channels: leading channels that guidance acts on, None for all.
+        guided_channels: leading channels that guidance acts on, None for all, 0 where there is none to be had.
     """
 
     backbone: str

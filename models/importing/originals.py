@@ -148,7 +148,8 @@ def read_uvit(path: Path, told: Told) -> Imported:
         labels=labels(None, classes) if classes else ["image"],
         gear={"solver": "dpmpp_2m", "steps": 50, "guidance": guidance, "solver_options": {}},
         codec=_codec(source, channels, told.vae),
-        notes=["It has no null label: keep guidance at 1."] if no_null else [],
+        guided_channels=0 if no_null or not classes else None,
+        notes=["It has no null label, so guidance stays at 1."] if no_null else [],
     )
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from models.api import GridName, UserError
 
 Prediction = Literal["epsilon", "v", "sample", "flow"]
-Row = dict[str, float]
+Coefficients = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Process:
         """Standard deviation of the initial state; `by_level` for solvers whose variable is the noise level."""
         return 1.0
 
-    def denoise(self, p: Point) -> Row:
+    def denoise(self, p: Point) -> Coefficients:
         """c_* and clip: the denoised estimate from state and network output."""
         c_x, c_o = {
             "epsilon": lambda: (1.0 / p.alpha, -p.sigma / p.alpha),

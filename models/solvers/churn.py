@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 
 from models.api import SolverOptions
-from models.solvers.base import Point, Process, Row
+from models.solvers.base import Coefficients, Point, Process
 from models.solvers.flow import Flow
-from models.solvers.grids import Path
+from models.solvers.grids import Route
 from models.solvers.options import SolverError
 
 OUTPUTS = ("a_y", "a_o", "a_m", "a_1", "a_2", "a_s")
 PARTS: dict[str, tuple[object, ...]] = {"churn": (), "churn_min": (), "churn_max": (), "churn_noise": ()}
 
 
-def churned(process: Process, route: Path, options: SolverOptions) -> list[Point]:
+def churned(process: Process, route: Route, options: SolverOptions) -> list[Point]:
     """The point that each step starts from: its own, or one with more noise, (1 + gamma) times its level."""
     if not options.churn:
         for name in options.given():
@@ -47,7 +47,7 @@ def rise(here: Point, hat: Point, options: SolverOptions) -> tuple[float, float]
     return f, scale * math.sqrt(max(0.0, hat.sigma**2 - (f * here.sigma) ** 2))
 
 
-def fold(route: Path, hats: list[Point], options: SolverOptions, ends: list[Row]) -> float:
+def fold(route: Route, hats: list[Point], options: SolverOptions, ends: list[Coefficients]) -> float:
     """Fold each step's churn into `ends`, the last row of every step (no noise yet), in place: the initial scale."""
     rises = [rise(here, hat, options) for here, hat in zip(route.points[:-1], hats, strict=True)]
     for row, (f, n) in zip(ends[:-1], rises[1:], strict=True):

@@ -6,7 +6,7 @@ import math
 
 from models.api import SolverOptions
 from models.solvers.base import DATA, Point, Process
-from models.solvers.grids import Path, path
+from models.solvers.grids import Route, path
 from models.solvers.options import solver
 from models.solvers.table import Trajectory, assemble
 from models.solvers.vp import Discrete
@@ -25,7 +25,7 @@ def trajectory(process: Process, steps: int, options: SolverOptions) -> Trajecto
     return assemble(process, evaluations, route.scale)
 
 
-def destinations(process: Process, route: Path) -> list[Point]:
+def destinations(process: Process, route: Route) -> list[Point]:
     """Where each step goes: on trained times timesteps // steps further, as diffusers does, not to the next entry."""
     if not isinstance(process, Discrete):
         return list(route.points[1:])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 from models.api import SolverOptions
-from models.solvers.base import Point, Process, Row
+from models.solvers.base import Coefficients, Point, Process
 from models.solvers.ddim import posterior_variance
 from models.solvers.grids import path
 from models.solvers.options import SolverError, solver
@@ -29,7 +29,7 @@ def trajectory(process: Process, steps: int, options: SolverOptions) -> Trajecto
     return assemble(process, evaluations, route.scale)
 
 
-def mean(here: Point, there: Point) -> Row:
+def mean(here: Point, there: Point) -> Coefficients:
     """Coefficients of m and x in the posterior mean."""
     b = 1.0 - (here.alpha / there.alpha) ** 2
     return {
@@ -38,7 +38,7 @@ def mean(here: Point, there: Point) -> Row:
     }
 
 
-def noise(here: Point, there: Point, variance: str) -> Row:
+def noise(here: Point, there: Point, variance: str) -> Coefficients:
     """Noise scale, or the two ends of the learned log-variance."""
     if there.sigma == 0.0:
         return {}

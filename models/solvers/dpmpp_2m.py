@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from models.api import SolverOptions
-from models.solvers.base import Process, Row
+from models.solvers.base import Coefficients, Process
 from models.solvers.grids import path
 from models.solvers.options import solver
 from models.solvers.table import Trajectory, assemble, transfer
@@ -39,6 +39,6 @@ def last_is_first_order(i: int, steps: int, options: SolverOptions) -> bool:
     return i == steps - 1 and (few or options.final_sigma != "sigma_min")
 
 
-def second_order(p: float, q: float, h_before: float, h: float) -> Row:
+def second_order(p: float, q: float, h_before: float, h: float) -> Coefficients:
     """p m + q (m - h1) / r, with r the ratio of the step before to this one."""
     return {"a_m": p + q * h / h_before, "a_1": -q * h / h_before}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from models.api import SolverOptions
-from models.solvers.base import Process, Row
+from models.solvers.base import Coefficients, Process
 from models.solvers.dpmpp_2m import OPTIONS, last_is_first_order, second_order
 from models.solvers.grids import path
 from models.solvers.options import solver
@@ -20,7 +20,7 @@ def trajectory(process: Process, steps: int, options: SolverOptions) -> Trajecto
     for i, (here, there) in enumerate(route.steps()):
         h = there.log_snr - here.log_snr
         gain = -math.expm1(-2.0 * h)
-        row: Row = {
+        row: Coefficients = {
             "a_y": there.sigma / here.sigma * math.exp(-h),
             "a_m": there.alpha * gain,
             "a_n": there.sigma * math.sqrt(gain),

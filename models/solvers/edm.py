@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from models.api import GridName, UserError
-from models.solvers.base import Point, Process, Row
+from models.solvers.base import Coefficients, Point, Process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class EDM(Process):
         """sigma of the first point, as published (diffusers: sqrt(sigma_max^2 + 1))."""
         return first.sigma
 
-    def denoise(self, p: Point) -> Row:
+    def denoise(self, p: Point) -> Coefficients:
         """c_in, c_skip and c_out of table 1."""
         total = math.hypot(p.sigma, self.sigma_data)
         c_out = p.sigma * self.sigma_data / total

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from models.api import UserError
-from models.solvers.base import Point, Prediction, Process, Row
+from models.solvers.base import Coefficients, Point, Prediction, Process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Flow(Process):
         """sigma = ratio / (1 + ratio)."""
         return self.at(ratio / (1.0 + ratio))
 
-    def denoise(self, p: Point) -> Row:
+    def denoise(self, p: Point) -> Coefficients:
         """m = x - sigma o."""
         return {"t": p.t, "c_x": 1.0, "c_o": -p.sigma, "clip": math.inf if self.clip is None else self.clip}
 

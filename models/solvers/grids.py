@@ -31,7 +31,7 @@ BY_LEVEL: tuple[GridName, ...] = ("karras", "exponential", "logsnr")
 
 
 @dataclass(frozen=True)
-class Path:
+class Route:
     """Points (steps + 1) of falling noise, the last without evaluation; `scale`: std of the initial state."""
 
     points: tuple[Point, ...]
@@ -42,7 +42,7 @@ class Path:
         return pairwise(self.points)
 
 
-def path(process: Process, steps: int, options: SolverOptions, family: Family) -> Path:
+def path(process: Process, steps: int, options: SolverOptions, family: Family) -> Route:
     """The points of a run.
 
     Raises:
@@ -60,7 +60,7 @@ def path(process: Process, steps: int, options: SolverOptions, family: Family) -
         points.append(DATA)
     if any(there.ratio > here.ratio * (1.0 - 1e-9) for here, there in pairwise(points)):
         raise SolverError(f"the {grid} grid has no room for {steps} separate steps; ask for fewer", "steps")
-    return Path(tuple(points), process.initial(points[0], grid, family == "level"))
+    return Route(tuple(points), process.initial(points[0], grid, family == "level"))
 
 
 def choose(process: Process, asked: GridName | None, family: Family) -> GridName:

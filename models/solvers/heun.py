@@ -4,7 +4,7 @@ evaluations, as the last step is Euler's."""
 from __future__ import annotations
 
 from models.api import SolverOptions
-from models.solvers.base import Point, Process, Row
+from models.solvers.base import Coefficients, Point, Process
 from models.solvers.churn import PARTS, churned, fold
 from models.solvers.grids import path
 from models.solvers.options import solver
@@ -27,7 +27,7 @@ def trajectory(process: Process, steps: int, options: SolverOptions) -> Trajecto
     return assemble(process, [*evaluations, (hats[-1], last)], scale)
 
 
-def curved(process: Process, here: Point, there: Point) -> tuple[Row, Row]:
+def curved(process: Process, here: Point, there: Point) -> tuple[Coefficients, Coefficients]:
     """x'/c' = s/c + (tau' - tau) (slope + slope') / 2: s the state and h1 the estimate at the start of the step."""
     tau, c, a, b = process.slope(here)
     tau_next, c_next, a_next, b_next = process.slope(there)
@@ -41,7 +41,7 @@ def curved(process: Process, here: Point, there: Point) -> tuple[Row, Row]:
     return transfer(here, there), corrector
 
 
-def straight(process: Process, here: Point, there: Point) -> tuple[Row, Row]:
+def straight(process: Process, here: Point, there: Point) -> tuple[Coefficients, Coefficients]:
     """The same where the network predicts the slope: m and h1 are slopes, which (x - m) / sigma would round."""
     step = there.sigma - here.sigma
     output = {"c_x": 0.0, "c_o": 1.0}

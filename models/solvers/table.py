@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from models.solvers.base import Point, Process, Row
+from models.solvers.base import Coefficients, Point, Process
 
 FIELDS = (
     *("t", "c_in", "c_x", "c_o", "clip"),
@@ -46,7 +46,7 @@ class Trajectory:
     scale: float
 
 
-def fill(rows: Sequence[Row]) -> Table:
+def fill(rows: Sequence[Coefficients]) -> Table:
     """Coefficient dicts -> table (evaluations, fields); what a row does not name keeps its default."""
     table = np.zeros((len(rows), len(FIELDS)))
     for name, value in DEFAULTS.items():
@@ -57,13 +57,13 @@ def fill(rows: Sequence[Row]) -> Table:
     return table
 
 
-def assemble(process: Process, evaluations: Sequence[tuple[Point, Row]], scale: float) -> Trajectory:
+def assemble(process: Process, evaluations: Sequence[tuple[Point, Coefficients]], scale: float) -> Trajectory:
     """Where the network is evaluated, and what follows, completed by the conversion of its output."""
     coef = fill([process.denoise(point) | row for point, row in evaluations])
     return Trajectory(coef, np.array([point.u for point, _ in evaluations]), scale)
 
 
-def transfer(here: Point, there: Point) -> Row:
+def transfer(here: Point, there: Point) -> Coefficients:
     """x' = alpha' m + sigma' (x - alpha m) / sigma: the same estimate and noise, at another time."""
     ratio = there.sigma / here.sigma
     return {"a_y": ratio, "a_m": there.alpha - here.alpha * ratio}

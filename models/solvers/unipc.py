@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from models.api import SolverOptions
-from models.solvers.base import Point, Process, Row
+from models.solvers.base import Coefficients, Point, Process
 from models.solvers.grids import path
 from models.solvers.options import SolverError, solver
 from models.solvers.table import Trajectory, assemble, transfer
@@ -48,7 +48,7 @@ def phi(h: float, form: str) -> tuple[float, float]:
     return first, first if form == "bh2" else -h
 
 
-def predictor(points: Sequence[Point], form: str) -> Row:
+def predictor(points: Sequence[Point], form: str) -> Coefficients:
     """From the last but one point to the last; first order with two points, second with three."""
     *history, here, there = points
     row = transfer(here, there)
@@ -59,7 +59,7 @@ def predictor(points: Sequence[Point], form: str) -> Row:
     return row
 
 
-def corrector(points: Sequence[Point], form: str) -> Row:
+def corrector(points: Sequence[Point], form: str) -> Coefficients:
     """y at the last point, from s at the last but one and the estimates m (here), h1 and h2 (before)."""
     *history, start, here = points
     h = here.log_snr - start.log_snr

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from models.codecs.interface import Codec
 
-ALONE = 8
 SHARE = 8
 
 
@@ -22,11 +21,14 @@ def to_uint8(pixels: Tensor) -> NDArray[np.uint8]:
 
 
 class DecodeStage:
-    """Rows whose last evaluation is done wait here, longest first, for one decode each."""
+    """Rows whose last evaluation is done wait here, longest first, for one decode each.
 
-    def __init__(self, codec: Codec, capacity: int, row_shape: tuple[int, int, int]) -> None:
+    `alone`: rows to decode at once when none is being drawn; more than one pays on a GPU only.
+    """
+
+    def __init__(self, codec: Codec, capacity: int, row_shape: tuple[int, int, int], alone: int = 1) -> None:
         channels, height, width = codec.image_shape(row_shape)
-        self.codec = codec
+        self.codec, self.alone = codec, alone
         self.pixels = np.zeros((capacity, height, width, channels), np.uint8)
         self._queue: dict[int, None] = {}
 
@@ -42,9 +44,9 @@ class DecodeStage:
     def choose(self, slots: Sequence[int], drawing: int) -> list[int]:
         """Which of `slots` to decode now, beside `drawing` rows that are still being drawn.
 
-        One for every eight of them and at least one: rows of eight steps or more are decoded as fast as they come.
+        One for every eight of them, rounded up: rows of eight steps or more are decoded as fast as they come.
         """
-        budget = max(1, drawing // SHARE) if drawing else ALONE
+        budget = -(-drawing // SHARE) or self.alone
         listed = set(slots)
         return [slot for slot in self._queue if slot in listed][:budget]
 

@@ -32,7 +32,7 @@ def _gear(entry: dict[str, Any], depth: int | None, path: Path) -> Gear:
             name=entry["name"],
             schedule=make(entry["schedule"], depth),
             solver=entry["solver"],
-            steps=entry["steps"],
+            steps=_steps(entry["steps"]),
             guidance=entry["guidance"],
             solver_options=SolverOptions(**entry.get("solver_options", {})),
             guidance_interval=tuple(entry.get("guidance_interval", (0.0, 1.0))),
@@ -43,6 +43,12 @@ def _gear(entry: dict[str, Any], depth: int | None, path: Path) -> Gear:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path}: gear {entry.get('name')!r}: {error!r}") from None
+
+
+def _steps(steps: int) -> int:
+    if not 1 <= steps <= 1000:
+        raise ValueError(f"steps must be from 1 to 1000, got {steps}")
+    return steps
 
 
 def write_gears(folder: Path, gears: list[dict[str, Any]], default: str) -> None:

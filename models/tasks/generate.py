@@ -8,25 +8,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.api import GeneratedRow, GenerateWork, ModelInfo, StepStats
+from models.api import GeneratedRow, GenerateWork, ModelInfo, SolverName, SolverOptions, StepStats, UserError
 from models.backbones.interface import Backbone
-from models.backends.interface import Backend
+from models.backends.interface import CONDITION_BLOCK, Backend
 from models.exits.plan import plan
 from models.registry import SOLVERS, resolve
 from models.solvers.kernel import update
 from models.solvers.noise import normal
 from models.solvers.process import Process
-from models.solvers.table import INDEX
+from models.solvers.table import INDEX, Trajectory
 from models.tasks.decoding import DecodeStage, to_uint8
 from models.tasks.pool import Ints, RowPool
 
-CONDITION_BLOCK = 8
 START = -1
 
 
@@ -36,7 +36,7 @@ class GenerateTask:
     Args:
         backend: runs the backbone's forward.
         decoding: the codec's stage; None where states are pixels.
-        guided_channels: channels of the output that guidance acts on; None for all.
+        guided_channels: leading channels of the output that guidance acts on; None for all, 0 refuses guidance.
         macs: conv + linear MACs of the network by depth, where a dropped block leaves some to run.
     """
 
@@ -55,14 +55,20 @@ class GenerateTask:
     ) -> None:
         self.info, self.model, self.process, self.capacity = info, model, process, capacity
         self.device, self.backend, self.decoding = device, backend, decoding
-        self.guided_channels, self.macs = guided_channels, macs
+        self.guided_channels = guided_channels
+        self.macs = macs or dict.fromkeys(range(model.depth + 1), 0)
+        self.trajectory = lru_cache(64)(self._trajectory)
         self.gears = {gear.name: gear for gear in info.gears}
         self.pool = RowPool(capacity, model.row_shape, device)
 
     @torch.inference_mode()
     def admit(self, work: GenerateWork, indices: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
         """Coefficients and depths of every evaluation, and the initial noise."""
-        trajectory = resolve(SOLVERS, work.solver)(self.process, work.steps, work.solver_options)
+        if self.guided_channels == 0 and work.guidance != 1.0:
+            raise UserError(
+                f"{self.info.name} has no unconditional label to guide with: leave guidance at 1", "guidance"
+            )
+        trajectory = self.trajectory(work.solver, work.steps, work.solver_options)
         low, high = work.guidance_interval
         seeds = np.array([work.seeds[i] for i in indices], np.int64)
         keys = self.pool.on_device(seeds)
@@ -79,6 +85,10 @@ class GenerateTask:
         if self.decoding:
             self.decoding.forget(slots)
         return [len(trajectory.u) + (self.decoding is not None)] * len(slots)
+
+    def _trajectory(self, solver: SolverName, steps: int, options: SolverOptions) -> Trajectory:
+        made: Trajectory = resolve(SOLVERS, solver)(self.process, steps, options)
+        return made
 
     @torch.inference_mode()
     def step(self, slots: Sequence[int]) -> StepStats:
@@ -133,12 +143,13 @@ class GenerateTask:
         labels[last[copies == 2]] = self.model.null_label
         condition = self._condition(pool.t[rows, at][source], labels)
         depths = pool.depth[rows, at][source].tolist()
-        output, per_block = self.backend(x[pool.on_device(source)], condition, depths)
+        paired = len(source) > len(rows)
+        output, per_block = self.backend(x[pool.on_device(source)] if paired else x, condition, depths)
         ran = (np.asarray(per_block)[None, :] > np.arange(len(source))[:, None]).sum(1)
-        conditional, variance = output[pool.on_device(first)], None
+        conditional, variance = output[pool.on_device(first)] if paired else output, None
         if self.model.learned_variance:
             conditional, variance = conditional.chunk(2, dim=1)
-        if len(source) > len(rows):
+        if paired:
             plain = output[pool.on_device(last)][:, : conditional.shape[1]]
             scale = torch.as_tensor(pool.guidance[rows], device=self.device)[:, None, None, None]
             conditional = self._guide(conditional, plain, scale)
@@ -194,6 +205,8 @@ class GenerateTask:
             exit_depths=tuple(ran.tolist()),
             layer_evals=int((ran * copies).sum()),
             layer_evals_full=int(self.model.depth * copies.sum()),
+            macs=sum(self.macs[depth] * n for depth, n in zip(ran.tolist(), copies.tolist(), strict=True)),
+            macs_full=self.macs[self.model.depth] * int(copies.sum()),
         )
 
     def receipt(self, work: GenerateWork, rows: Sequence[GeneratedRow]) -> dict[str, object]:
@@ -214,7 +227,8 @@ class GenerateTask:
         }
         if options := work.solver_options.given():
             made["solver_options"] = options
-        if self.macs is not None:
-            macs = [self.macs[depth] for row in rows for depth in row.exit_depths]
-            made["macs_saved"] = 1 - sum(macs) / (self.macs[self.model.depth] * len(macs))
+        if work.guidance_interval != (0.0, 1.0):
+            made["guidance_interval"] = list(work.guidance_interval)
+        if whole_macs := sum(r.macs_full for r in rows):
+            made["macs_saved"] = 1 - sum(r.macs for r in rows) / whole_macs
         return made

@@ -10,7 +10,7 @@ import torch
 from models.api import ModelInfo, Runtime
 from models.backbones.interface import Backbone
 from models.backbones.macs import count_macs
-from models.backends.interface import Setup
+from models.backends.interface import CONDITION_BLOCK, Setup
 from models.exits.plan import check
 from models.registry import BACKBONES, BACKENDS, CODECS, resolve
 from models.solvers.process import from_config, solvers_for
@@ -50,7 +50,7 @@ def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) ->
         backbone=model.to(where),
         weights=weights,
         depths=tuple(depths),
-        rows=2 * slots,
+        rows=max(2 * slots, CONDITION_BLOCK),
         device=where,
         cache=Path(runtime.cache),
         budget_s=runtime.budget_s,
@@ -91,7 +91,7 @@ def load_decoding(
     table = config["codec"]
     tensors = read_tensors(folder, table["file"], config["files"])
     codec = resolve(CODECS, table["name"])(table["config"], {k: v.to(device) for k, v in tensors.items()})
-    return DecodeStage(codec, slots, model.row_shape)
+    return DecodeStage(codec, slots, model.row_shape, alone=1 if device.type == "cpu" else 8)
 
 
 @torch.no_grad()

@@ -226,6 +226,20 @@ def test_guidance_may_act_on_the_first_channels_only():
     assert not torch.allclose(both.pool.x[0, 3], unguided.pool.x[0, 3])
 
 
+def test_a_model_without_null_label_refuses_guidance():
+    task = make(dit(), guided_channels=0)
+    run(task, work(guidance=1.0))
+    with pytest.raises(UserError, match="guidance at 1") as caught:
+        task.admit(work(guidance=2.0), [0], [0])
+    assert caught.value.field == "guidance"
+
+
+def test_planned_evaluations_are_those_of_every_solver(task):
+    for solver in solvers_for(task.process):
+        planned = planned_layer_evals(GEARS[0], 5, 1.0, 1, solver)
+        assert planned == 4 * len(task.trajectory(solver, 5, SolverOptions()).u), solver
+
+
 def test_dropped_decoder_blocks_are_counted_in_macs_too():
     torch.manual_seed(0)
     model = lively(UViT(UViTConfig(image_size=8, channels=1, patch=2, width=32, depth=5, heads=2, classes=3)))
@@ -236,6 +250,10 @@ def test_dropped_decoder_blocks_are_counted_in_macs_too():
     task = make(model, gears=gears, macs={3: 70, 5: 100})
     receipt = task.receipt(work(guidance=1.0), run(task, work(guidance=1.0)))
     assert receipt["compute_saved"] == pytest.approx(2 / 5)
+    assert receipt["macs_saved"] == pytest.approx(0.3)
+    halved = work(guidance=2.0, steps=4, solver="ddim", guidance_interval=(0.0, 0.6))
+    receipt = task.receipt(halved, run(task, halved))
+    assert receipt["guidance_interval"] == [0.0, 0.6]
     assert receipt["macs_saved"] == pytest.approx(0.3)
 
 
