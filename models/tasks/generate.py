@@ -65,9 +65,7 @@ class GenerateTask:
     def admit(self, work: GenerateWork, indices: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
         """Coefficients and depths of every evaluation, and the initial noise."""
         if self.guided_channels == 0 and work.guidance != 1.0:
-            raise UserError(
-                f"{self.info.name} has no unconditional label to guide with: leave guidance at 1", "guidance"
-            )
+            raise UserError(f"{self.info.name} has no null label to guide with: leave guidance at 1", "guidance")
         trajectory = self.trajectory(work.solver, work.steps, work.solver_options)
         low, high = work.guidance_interval
         seeds = np.array([work.seeds[i] for i in indices], np.int64)

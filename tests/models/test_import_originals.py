@@ -266,7 +266,8 @@ def test_a_table_without_a_null_label_gets_one_and_says_so(tmp_path):
     told = Told(heads=HEADS, classes=7)
     model, config, _ = imported(tmp_path, Format.uvit, uvit_state(labels=7), told)
     assert (model.null_label, len(config["labels"])) == (7, 7)
-    assert "keep guidance at 1" in config["description"]
+    assert "guidance stays at 1" in config["description"]
+    assert config["guided_channels"] == 0
     assert not model.labels.weight[7].any()
     assert torch.equal(model.labels.weight[:7], uvit_state(labels=7)["label_emb.weight"])
 
