@@ -12,8 +12,10 @@ from models.evaluation import classify as classifiers
 from models.evaluation import generate as generators
 from models.evaluation import studies
 from models.evaluation.report import classify_table, find, gears_table, provenance, write_card
+from models.evaluation.served import calibrate
 from models.store import read_config, write_json
-from models.tasks.classifier import bridge_folder
+from models.tasks.classifier import bridge_folder, load_classifier
+from models.tasks.contracts import write_calibration
 from models.training.data import read, splits
 
 app = typer.Typer(no_args_is_help=True, help="Measure shipped or trained models.")
@@ -65,6 +67,7 @@ def classify(
         if beside is not None:
             served["bridge"] = f"bridge x{read_config(beside)['evaluations']}"
             write_card(beside, table)
+        write_calibration(folder, load_classifier(folder), calibrate(load_classifier(folder), splits(data)))
         config["times"] = {method: round(times[name], 2) for method, name in served.items()}
         write_json(folder / "config.json", config)
         write_card(folder, table)

@@ -12,20 +12,31 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from models.api import ClassifiedRow, ClassifyWork, ModelInfo, Runtime, StepStats
+from models.api import ClassifiedRow, ClassifyWork, DecisionName, ModelInfo, Runtime, StepStats
 from models.registry import METHODS, resolve
 from models.store import read_config
 from models.tasks.classifier import Classifier, load_classifier, to_pixels
+from models.tasks.contracts import Calibration, read_calibration
 from models.tasks.device import pick_device
-from models.tasks.methods import Method
+from models.tasks.methods import Floats, Method
+from models.uncertainty.conformal import uniforms
+from models.uncertainty.contract import decision_rule, set_rule
 
 
 class ClassifyTask:
     """A classifier and its pool of `capacity` slots; see models.api.Task for the contract."""
 
-    def __init__(self, info: ModelInfo, classifier: Classifier, capacity: int, device: torch.device) -> None:
-        self.info, self.capacity, self.device = info, capacity, device
+    def __init__(
+        self,
+        info: ModelInfo,
+        classifier: Classifier,
+        calibration: Calibration,
+        capacity: int,
+        device: torch.device,
+    ) -> None:
+        self.info, self.calibration, self.capacity, self.device = info, calibration, capacity, device
         self.source = classifier.members[0]
         self.methods: dict[str, Method] = {name: resolve(METHODS, name)(classifier) for name in info.methods}
         height, width, channels = info.image
@@ -36,6 +47,7 @@ class ClassifyTask:
         self.logits = torch.zeros(capacity, len(classifier.members), classes, device=self.device)
         self.z = torch.zeros(capacity, classes, device=self.device)
         self.method = [""] * capacity
+        self.alpha, self.draw = np.full(capacity, np.nan), np.zeros(capacity)
         self.done = np.zeros(capacity, np.int64)
 
     @torch.inference_mode()
@@ -48,6 +60,8 @@ class ClassifyTask:
         self.taps[at] = self.source.tap(self.pixels[at])
         self.logits[at, 0] = self.source.fc(self.source.features(self.taps[at]))
         self.done[list(slots)] = 0
+        self.alpha[list(slots)] = np.nan if work.alpha is None else work.alpha
+        self.draw[list(slots)] = uniforms(work.images[i] for i in indices)
         for slot in slots:
             self.method[slot] = work.method
         return [self.methods[work.method].evaluations] * len(slots)
@@ -62,16 +76,32 @@ class ClassifyTask:
 
     @torch.inference_mode()
     def collect(self, slots: Sequence[int]) -> Sequence[ClassifiedRow]:
-        """Calibrated probabilities and uncertainty of finished rows."""
+        """Calibrated probabilities, uncertainty, decisions and the prediction sets asked for, of finished rows."""
         made: dict[int, ClassifiedRow] = {}
         for name, rows in self._by_method(slots).items():
             p, scores = self.methods[name].answer(self, rows)
+            decisions, sets = self._promise(name, rows, p, scores)
             for i, slot in enumerate(rows.tolist()):
                 uncertainty = {key: float(values[i]) for key, values in scores.items()}
-                made[slot] = ClassifiedRow(tuple(p[i].tolist()), uncertainty)
+                made[slot] = ClassifiedRow(tuple(p[i].tolist()), uncertainty, decisions[i], sets[i])
         return [made[slot] for slot in slots]
 
-    def _by_method(self, slots: Sequence[int]) -> dict[str, np.ndarray]:
+    def _promise(
+        self, method: str, slots: NDArray[np.int64], p: Floats, scores: dict[str, Floats]
+    ) -> tuple[Sequence[DecisionName | None], Sequence[tuple[int, ...] | None]]:
+        """Decisions, and sets of the rows with an alpha; None for all of a model that was not calibrated."""
+        nothing: list[None] = [None] * len(slots)
+        contract = self.calibration.methods.get(method)
+        if contract is None:
+            return nothing, nothing
+        sets: list[tuple[int, ...] | None] = [*nothing]
+        asked = np.flatnonzero(~np.isnan(self.alpha[slots]))
+        found = contract.sets(p[asked], self.alpha[slots[asked]], self.draw[slots[asked]])
+        for i, members in zip(asked, found, strict=True):
+            sets[i] = members
+        return contract.decide(scores), sets
+
+    def _by_method(self, slots: Sequence[int]) -> dict[str, NDArray[np.int64]]:
         names = dict.fromkeys(self.method[slot] for slot in slots)
         return {name: np.array([s for s in slots if self.method[s] == name]) for name in names}
 
@@ -88,6 +118,7 @@ def load(folder: Path, slots: int, device: str, _: Runtime = Runtime()) -> Class
     classifier = load_classifier(folder)
     costs = classifier.costs()
     config, where = read_config(folder, "ensemble"), pick_device(device)
+    calibration = read_calibration(folder, classifier)
     for network in [*classifier.members, *([classifier.bridge.network] if classifier.bridge else [])]:
         network.to(where)
     calls = {"single": 1, "ensemble": len(classifier.members)}
@@ -104,6 +135,8 @@ def load(folder: Path, slots: int, device: str, _: Runtime = Runtime()) -> Class
         methods=costs,
         times=config.get("times", {}),
         calls=calls,
+        decisions={name: decision_rule(c.thresholds) for name, c in calibration.methods.items()},
+        sets={name: set_rule(c.conformal) for name, c in calibration.methods.items()},
         default_method="bridge" if classifier.bridge else "single",
     )
-    return ClassifyTask(info, classifier, slots, where)
+    return ClassifyTask(info, classifier, calibration, slots, where)

@@ -75,11 +75,14 @@ def classify_work(params: ClassifyParams, info: ModelInfo, images: Sequence[byte
     method = info.default_method if params.method is None else params.method
     if method not in info.methods:
         raise unknown("method", method, info.methods)
+    if params.alpha is not None and method not in info.sets:
+        raise BadRequest(f"{info.name} has no calibrated prediction sets for {method}", field="alpha")
     return ClassifyWork(
         model=info.name,
         images=tuple(images),
         method=cast(MethodName, method),
         top_k=min(params.top_k, len(info.labels)),
+        alpha=params.alpha,
     )
 
 

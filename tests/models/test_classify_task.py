@@ -80,8 +80,8 @@ def task(folder):
 IMAGES = [np.random.default_rng(i).integers(0, 256, (28, 28, 1), dtype=np.uint8).tobytes() for i in range(12)]
 
 
-def work(method, *images):
-    return ClassifyWork(model="toy", images=tuple(images), method=method, top_k=2)
+def work(method, *images, **options):
+    return ClassifyWork(model="toy", images=tuple(images), method=method, top_k=2, **options)
 
 
 def run(task, job, slots=None):

@@ -46,9 +46,7 @@ router = APIRouter()
             "content": {media: {"schema": {"type": "string", "format": "binary"}} for media in PICTURES},
         }
     },
-    openapi_extra={
-        "requestBody": {"required": True, "content": {JSON: {"schema": body_schema(GenerateRequest)}}}
-    },
+    openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": body_schema(GenerateRequest)}}}},
 )
 async def generate(
     request: Request, gateway: Shared, params: Annotated[GenerateParams, Depends(generate_params)]

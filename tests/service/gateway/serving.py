@@ -16,7 +16,7 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
-from models.api import ExitSchedule, Gear, GenerateWork, ModelInfo
+from models.api import DecisionRule, ExitSchedule, Gear, GenerateWork, ModelInfo, SetRule
 from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.errors import Unavailable
@@ -45,6 +45,8 @@ JUDGE = ModelInfo(
     weights="w2",
     methods={"single": 1.0, "bridge": 1.2},
     calls={"single": 1, "bridge": 2},
+    decisions={"bridge": DecisionRule("entropy", 0.6, None, "coverage_at_risk", 0.05, 0.95, 0.85, 0.04, 0.05)},
+    sets={"bridge": SetRule("raps", 5000, 1 / 5001)},
     default_method="bridge",
 )
 INFOS = [DRAWER, JUDGE]
@@ -82,7 +84,8 @@ def echo(delivery: Delivery) -> Result:
                 for seed, label in zip(job.work.seeds, job.work.labels, strict=True)
             ),
         )  # fmt: skip
-    prediction = Prediction((0.5, 0.25, 0.25), {"entropy": 1.04})
+    promised = ("escalate", None if job.work.alpha is None else (1, 0)) if job.work.method == "bridge" else ()
+    prediction = Prediction((0.5, 0.25, 0.25), {"entropy": 1.04}, *promised)
     return Result(
         id=job.id, outcome="ok", receipt={"method": job.work.method, "cost_vs_single": 1.2},
         predictions=(prediction,) * job.work.rows,

@@ -94,12 +94,23 @@ async def test_form_bodies_and_query_parameters_are_refused(http: httpx.AsyncCli
         ({"image": BOOT, "model": "drawer"}, 422, "unknown_name", "model"),
         ({"image": BOOT, "top_k": 0}, 422, "bad_request", "top_k"),
         ({"image": BOOT, "url": "x"}, 422, "bad_request", "url"),
+        *[({"image": BOOT, "alpha": a}, 422, "bad_request", "alpha") for a in (0, 1, -0.1, 1.5, "0.1", True)],
+        ({"image": BOOT, "alpha": 0.1, "method": "single"}, 422, "bad_request", "alpha"),
     ],
 )
 async def test_classify_names_what_is_wrong(
     http: httpx.AsyncClient, body: dict[str, Any], status: int, code: str, field: str
 ) -> None:
     problem(await http.post("/classify", json=body), status, code, field)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+async def test_numbers_that_json_does_not_have_are_refused(http: httpx.AsyncClient, value: str) -> None:
+    content = '{"image": "' + BOOT + '", "alpha": ' + value + "}"
+    problem(
+        await http.post("/classify", content=content, headers={"Content-Type": "application/json"}),
+        422, "bad_request", "alpha",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -110,6 +121,7 @@ async def test_classify_names_what_is_wrong(
         ([("file", b"x")] * 65, {}, "files", "bad_request"),
         ([("file", b"x")], {"top_k": "many"}, "top_k", "bad_request"),
         ([("file", b"x")], {"colour": "red"}, "colour", "bad_request"),
+        *[([("file", b"x")], {"alpha": a}, "alpha", "bad_request") for a in ("nan", "inf", "0", "1.0", "")],
         ([("file", b"x")], {"image": "text"}, "image", "bad_request"),
         ([("file", b"x")], {"top_k": ["1", "2"]}, "top_k", "bad_request"),
     ],
