@@ -213,8 +213,10 @@ def classify_images(task: ClassifyTask, method: str, images: Images) -> list[Cla
         part = tuple(image.tobytes() for image in images[i : i + task.capacity])
         work = ClassifyWork(model=task.info.name, images=part, method=method, top_k=1)  # type: ignore[arg-type]
         slots = list(range(len(part)))
-        for _ in range(task.admit(work, slots, slots)[0]):
-            task.step(slots)
+        left = dict(zip(slots, task.admit(work, slots, slots), strict=True))
+        while moving := [slot for slot, calls in left.items() if calls]:
+            finished = task.step(moving).finished
+            left |= {slot: 0 if slot in finished else left[slot] - 1 for slot in moving}
         rows += task.collect(slots)
     return rows
 

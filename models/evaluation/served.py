@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from models.bridge.sample import run_bridge
 from models.tasks.classifier import Classifier, to_pixels
+from models.tasks.classify import running_costs
 from models.tasks.contracts import Calibration
 from models.training.data import Split, Splits
 from models.uncertainty.conformal import uniforms
 from models.uncertainty.contract import ABSTAIN_SHARE, TARGET, Answers, Contract, choose_rule
 from models.uncertainty.decision import Target
+from models.uncertainty.router import fit as fit_router
 from models.uncertainty.scores import (
     against_source,
     among_members,
@@ -90,9 +92,12 @@ def calibrate(
     methods, chosen on the selection half with the best method at hand."""
     selection, conformal = run(classifier, splits.selection), run(classifier, splits.conformal)
     rule = choose_rule(selection.answers("ensemble"))
-    return Calibration(
-        {
-            name: Contract.fit(selection.answers(name), conformal.answers(name), rule, target, abstain_share)
-            for name in selection.p
-        }
-    )
+    methods = {
+        name: Contract.fit(selection.answers(name), conformal.answers(name), rule, target, abstain_share)
+        for name in selection.p
+    }
+    if classifier.bridge is None:
+        return Calibration(methods)
+    halves = [(half.answers("bridge"), half.answers("ensemble")) for half in (selection, conformal)]
+    costs = running_costs(classifier.costs())
+    return Calibration(methods, fit_router(halves[0], halves[1], costs, rule, target, abstain_share))

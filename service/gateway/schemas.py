@@ -148,12 +148,15 @@ class Classification(RankedClass):
 
 
 class ClassifyReceipt(BaseModel):
-    """How the answer was made; `cost_vs_single` counts conv + linear MACs."""
+    """How the answer was made; costs are conv + linear MACs relative to `single`. The optional are a cascade's."""
 
     model_config = ConfigDict(extra="allow")
 
     method: str
-    cost_vs_single: float
+    cost_vs_single: float = Field(description="Mean over the images, as they ran.")
+    expected_cost: float | None = Field(None, description="Mean over validation at the point that max_cost picked.")
+    escalated: list[int] | None = Field(None, description="Images that the members answered, from 0.")
+    image_costs: list[float] | None = Field(None, description="By image.")
 
 
 class ClassifyResponse(BaseModel):

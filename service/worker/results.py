@@ -39,7 +39,9 @@ def to_result(done: Finished, worker: str) -> Result:
     if isinstance(job, GenerateJob):
         images = tuple(_image(row, job.work.format) for row in done.rows)
     else:
-        predictions = tuple(Prediction(**vars(row)) for row in done.rows)
+        predictions = tuple(
+            Prediction(row.probabilities, row.uncertainty, row.decision, row.prediction_set) for row in done.rows
+        )
     return Result(
         id=job.id,
         outcome=done.outcome,

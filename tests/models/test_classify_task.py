@@ -86,8 +86,11 @@ def work(method, *images, **options):
 
 def run(task, job, slots=None):
     slots = slots or list(range(job.rows))
-    for _ in range(task.admit(job, range(job.rows), slots)[0]):
-        task.step(slots)
+    left = dict(zip(slots, task.admit(job, range(job.rows), slots), strict=True))
+    while moving := [slot for slot, n in left.items() if n]:
+        finished = task.step(moving).finished
+        assert finished <= set(moving)
+        left |= {slot: 0 if slot in finished else left[slot] - 1 for slot in moving}
     return task.collect(slots)
 
 

@@ -24,7 +24,8 @@ def test_every_shipped_folder_loads():
     )
     assert [gear.name for gear in generator.info.gears] == ["full", "balanced", "eco"]
     assert generator.info.default_gear == "balanced"
-    assert set(classifier.info.methods) == {"single", "bridge", "ensemble"}
+    assert set(classifier.info.methods) == {"single", "bridge", "ensemble", "cascade"}
+    assert set(classifier.info.decisions) == set(classifier.info.sets) == set(classifier.info.methods)
     assert classifier.info.methods["bridge"] <= 1.25
 
 

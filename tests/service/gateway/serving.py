@@ -16,7 +16,7 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
-from models.api import DecisionRule, ExitSchedule, Gear, GenerateWork, ModelInfo, SetRule
+from models.api import CascadePoint, DecisionRule, ExitSchedule, Gear, GenerateWork, ModelInfo, SetRule
 from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.errors import Unavailable
@@ -37,16 +37,18 @@ DRAWER = ModelInfo(
     ),
     default_gear="full",
 )
+RULE = DecisionRule("entropy", 0.6, None, "coverage_at_risk", 0.05, 0.95, 0.85, 0.04, 0.05)
 JUDGE = ModelInfo(
     name="judge",
     task="classify",
     labels=LABELS,
     image=(28, 28, 1),
     weights="w2",
-    methods={"single": 1.0, "bridge": 1.2},
-    calls={"single": 1, "bridge": 2},
-    decisions={"bridge": DecisionRule("entropy", 0.6, None, "coverage_at_risk", 0.05, 0.95, 0.85, 0.04, 0.05)},
+    methods={"single": 1.0, "bridge": 1.2, "cascade": 1.6},
+    calls={"single": 1, "bridge": 2, "cascade": 3},
+    decisions={"bridge": RULE, "cascade": RULE},
     sets={"bridge": SetRule("raps", 5000, 1 / 5001)},
+    cascade=(CascadePoint(0.0, 1.1864, RULE), CascadePoint(0.1, 1.6, RULE)),
     default_method="bridge",
 )
 INFOS = [DRAWER, JUDGE]

@@ -120,6 +120,13 @@ async def test_a_set_of_names_for_those_who_ask_for_one(http: httpx.AsyncClient,
     assert [job.work.alpha for job in worker.seen] == [0.1] * 3
 
 
+async def test_a_cost_asks_for_a_cascade(http: httpx.AsyncClient, worker: Worker) -> None:
+    for body in ({"max_cost": 1.2}, {"max_cost": 1.2, "method": "cascade"}, {"method": "cascade"}):
+        answer = (await http.post("/classify", json={"image": b64(BOOT), **body})).json()
+        assert answer["receipt"]["method"] == "cascade"
+    assert [job.work.max_cost for job in worker.seen] == [1.2, 1.2, None]
+
+
 async def test_what_was_not_calibrated_is_absent_not_null(http: httpx.AsyncClient, worker: Worker) -> None:
     [result] = (await http.post("/classify", json={"image": b64(BOOT), "method": "single"})).json()["results"]
     assert not {"decision", "prediction_set"} & set(result)
