@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,10 +12,12 @@ from models.bridge.sample import run_bridge
 from models.tasks.classifier import Classifier, to_pixels
 from models.tasks.classify import running_costs
 from models.tasks.contracts import Calibration
-from models.training.data import Split, Splits
+from models.training.data import Split
+from models.uncertainty.cascade import combine
 from models.uncertainty.conformal import uniforms
 from models.uncertainty.contract import ABSTAIN_SHARE, TARGET, Answers, Contract, choose_rule
 from models.uncertainty.decision import Target
+from models.uncertainty.router import Router, Terms
 from models.uncertainty.router import fit as fit_router
 from models.uncertainty.scores import (
     against_source,
@@ -43,6 +45,12 @@ class Outputs:
     def answers(self, method: str) -> Answers:
         """One method's, with what fitting needs."""
         return Answers(self.p[method], self.labels, self.u)
+
+    def cascaded(self, router: Router, terms: Terms) -> tuple[Outputs, NDArray[np.bool_]]:
+        """The same with `cascade` at one operating point, and the rows (N,) that it escalates."""
+        escalated = router.urgency(self.p["bridge"]) >= terms.least
+        answer = combine(self.p["bridge"], self.p["ensemble"], escalated)
+        return replace(self, p={**self.p, "cascade": answer}), escalated
 
     def scores(self, method: str) -> dict[str, Floats]:
         """Every uncertainty that a method can give (N,), turned so that more is more uncertain.
@@ -84,13 +92,13 @@ def run(classifier: Classifier, split: Split, batch: int = 1000) -> Outputs:
 
 def calibrate(
     classifier: Classifier,
-    splits: Splits,
+    selection: Outputs,
+    conformal: Outputs,
     target: Target = TARGET,
     abstain_share: float = ABSTAIN_SHARE,
 ) -> Calibration:
     """Decisions from the selection half of validation, sets from the conformal half; the rule of sets is one for all
     methods, chosen on the selection half with the best method at hand."""
-    selection, conformal = run(classifier, splits.selection), run(classifier, splits.conformal)
     rule = choose_rule(selection.answers("ensemble"))
     methods = {
         name: Contract.fit(selection.answers(name), conformal.answers(name), rule, target, abstain_share)

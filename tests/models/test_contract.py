@@ -12,7 +12,7 @@ from models.store import StoreError, read_config, read_json, write_json, write_m
 from models.tasks.classifier import load_classifier
 from models.tasks.classify import load
 from models.tasks.contracts import NAME, read_calibration, write_calibration
-from models.training.data import Split, Splits
+from models.training.data import Split
 from models.uncertainty.conformal import Rule, measure
 from models.uncertainty.contract import Answers, Contract, choose_rule, decision_rule, listed, set_rule
 from models.uncertainty.decision import Target, Thresholds
@@ -28,8 +28,8 @@ def split(n, seed):
 def calibrated_zoo(root, **zoo):
     folder = make_zoo(root, **zoo)
     classifier = load_classifier(folder)
-    made = Splits(split(1, 0), split(60, 1), split(80, 2), split(1, 3))
-    write_calibration(folder, classifier, calibrate(classifier, made, Target("escalate_share", 0.3), 0.1))
+    halves = run(classifier, split(60, 1)), run(classifier, split(80, 2))
+    write_calibration(folder, classifier, calibrate(classifier, *halves, Target("escalate_share", 0.3), 0.1))
     return folder
 
 
