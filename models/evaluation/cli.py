@@ -51,6 +51,7 @@ def classify(
     ood: Annotated[Path | None, typer.Option(help="Folder of out-of-distribution images of the same shape.")] = None,
     write: Write = False,
     plots: Annotated[Path | None, typer.Option(help="Folder for reliability.png and risk-coverage.png.")] = None,
+    risk: Annotated[float, typer.Option(min=0.0001, max=0.9, help="Error rate of accepted images, at most.")] = 0.05,
 ) -> None:
     """Accuracy, likelihood, DEE, cost and time of every method, and what its uncertainty is worth.
 
@@ -58,7 +59,7 @@ def classify(
     """
     folder = find(model)
     classifier = load_classifier(folder)
-    found = study(classifier, splits(data), read(ood, "test") if ood else None)
+    found = study(classifier, splits(data), read(ood, "test") if ood else None, risk)
     result = classifiers.evaluate(folder, splits(data))
     times = classifiers.time_methods(folder)
     costs = classifiers.costs_by_row(folder)

@@ -23,7 +23,7 @@ from models.training.data import Split, Splits
 from models.uncertainty.calibration import Estimate, bootstrap, reliability
 from models.uncertainty.cascade import Point, compare
 from models.uncertainty.conformal import Coverage, measure, repeated_splits
-from models.uncertainty.contract import ALPHAS, Answers, Contract, decide
+from models.uncertainty.contract import ALPHAS, TARGET, Answers, Contract, decide
 from models.uncertainty.router import SHARES, Terms
 from models.uncertainty.scores import entropy, nll
 from models.uncertainty.selective import aurc, average_precision, excess_aurc, risk_at_coverage
@@ -58,10 +58,11 @@ class Study:
         return found
 
 
-def study(classifier: Classifier, splits: Splits, foreign: Split | None) -> Study:
-    """Run every split once. Corruptions are those of the first `CORRUPTED` test images."""
+def study(classifier: Classifier, splits: Splits, foreign: Split | None, risk: float = TARGET.value) -> Study:
+    """Run every split once, and calibrate: `accept` shall err at most `risk` of the time. Corruptions are those of the
+    first `CORRUPTED` test images."""
     selection, conformal, test = (run(classifier, s) for s in (splits.selection, splits.conformal, splits.test))
-    calibration = calibrate(classifier, selection, conformal)
+    calibration = calibrate(classifier, selection, conformal, replace(TARGET, value=risk))
     some = splits.test[slice(0, CORRUPTED)]
     corrupted = {
         (kind, severity): run(classifier, replace(some, images=corrupt(some.images, kind, severity)))

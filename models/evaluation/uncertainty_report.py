@@ -95,8 +95,8 @@ def decisions(found: Study) -> str:
     shown = found.contract(found.methods[0]).thresholds.shown
     note = (
         f"Thresholds on entropy (nats), chosen on {shown['rows']} validation images for `{shown['target']}` "
-        f"{shown['value']:.0%} with confidence {shown['confidence']:.0%}. The bound holds for images drawn like those, "
-        "not for foreign ones."
+        f"{100 * float(str(shown['value'])):g}% with confidence {shown['confidence']:.0%}. The bound holds for images "
+        "drawn like those, not for foreign ones."
     )
     return section("Decisions", header, rows, note)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from models.api import ClassifiedRow, ClassifyWork, ModelInfo, Runtime, StepStats
+from models.api import ClassifiedRow, ClassifyWork, ModelInfo, Runtime, StepStats, UserError
 from models.registry import METHODS, resolve
 from models.store import read_config
 from models.tasks.classifier import Classifier, load_classifier, to_pixels
@@ -57,9 +57,12 @@ class ClassifyTask:
 
     @torch.inference_mode()
     def admit(self, work: ClassifyWork, indices: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
-        """The source's forward on the new rows; UserError naming max_cost when that cannot be kept."""
+        """The source's forward on the new rows; UserError names max_cost or images when they cannot be served."""
         method = self.methods[work.method]
         terms, shape = method.terms(work.max_cost), self.info.image
+        for i in indices:
+            if len(work.images[i]) != math.prod(shape):
+                raise UserError(f"image {i} has {len(work.images[i])} bytes, {self.info.name} takes {shape}", "images")
         images = np.stack([np.frombuffer(work.images[i], np.uint8).reshape(shape) for i in indices])
         at = torch.as_tensor(slots, device=self.device)
         self.pixels[at] = to_pixels(images).to(self.device)

@@ -122,6 +122,13 @@ def test_every_table_and_picture_is_made(found, classifier, tmp_path):
             assert min(picture.size) > 300
 
 
+def test_the_risk_that_was_asked_for_is_the_target(classifier, splits):
+    strict, lax = (study(classifier, splits, None, risk) for risk in (0.05, 0.6))
+    assert [s.contract("ensemble").thresholds.shown["value"] for s in (strict, lax)] == [0.05, 0.6]
+    assert quality(strict, "ensemble").accepted < quality(lax, "ensemble").accepted
+    assert "`coverage_at_risk` 60% with" in report(lax, classifier)
+
+
 def test_an_ensemble_without_a_bridge_or_foreign_images_is_measured_too(tmp_path):
     folder = make_zoo(tmp_path)
     bridge = read_json(tmp_path / "toy-bridge" / "config.json")
