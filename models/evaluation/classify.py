@@ -37,7 +37,7 @@ WORTH_MORE_STEPS = 0.002  # nats of validation NLL that a bridge must gain to be
 
 @dataclass(frozen=True)
 class Score:
-    """One method on the test set; `temperature` was fitted on validation."""
+    """One method on the test set; `temperature` was fitted on validation, c: at it."""
 
     acc: float
     nll: float
@@ -45,6 +45,7 @@ class Score:
     ece: float
     temperature: float
     cnll: float
+    cbrier: float
     cece: float
 
 
@@ -60,6 +61,7 @@ def score(selection: tuple[Floats, NDArray[np.int64]], test: tuple[Floats, NDArr
         ece=ece(raw, labels),
         temperature=temperature,
         cnll=nll(calibrated, labels),
+        cbrier=brier(calibrated, labels),
         cece=ece(calibrated, labels),
     )
 

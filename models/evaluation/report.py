@@ -116,6 +116,8 @@ def classify_table(
                 f"{100 * s.acc:.2f}",
                 f"{s.nll:.4f}",
                 f"{s.cnll:.4f}",
+                f"{s.brier:.4f}",
+                f"{s.cbrier:.4f}",
                 f"{s.ece:.3f}",
                 f"{s.cece:.3f}",
                 f"{s.temperature:.2f}",
@@ -125,7 +127,8 @@ def classify_table(
                 f"{timed:.2f}",
             ]
         )
-    header = ["method", "ACC", "NLL", "cNLL", "ECE", "cECE", "T*", "DEE", "gap to DE-3 recovered", "MACs", "time"]
+    header = ["method", "ACC", "NLL", "cNLL", "Brier", "cBrier", "ECE", "cECE", "T*", "DEE", "gap to DE-3 recovered"]
+    header += ["MACs", "time"]
     table = markdown(header, rows)
     interval = result["recovered"].get("bridge x1", {})
     notes = []
