@@ -1,7 +1,7 @@
 """The face of models/: plain dataclasses and the Task protocol. Standard library only.
 
 A request's fields live here once; the HTTP schema and the wire form are derived from them. Each
-field's metadata carries its bounds (`ge`, `le`, `max_length`) and its description (`doc`).
+field's metadata carries its bounds (`ge`, `gt`, `le`, `lt`, `max_length`) and its description (`doc`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ SolverName = Literal[
 ]
 GridName = Literal["linspace", "leading", "trailing", "karras", "exponential", "logsnr"]
 ImageFormat = Literal["png", "webp", "npy"]
-MethodName = Literal["single", "bridge", "ensemble"]
+MethodName = Literal["single", "bridge", "ensemble", "cascade"]
+DecisionName = Literal["accept", "escalate", "abstain"]
 
 SEED_LIMIT = 2**53
 MAX_ROWS = 64
@@ -91,6 +92,13 @@ class ClassifyParams:
     model: str | None = _spec("Name of a served classifier; the first advertised one if absent.", max_length=128)
     method: MethodName | None = _spec("How to answer; the model's default if absent.")
     top_k: int = _spec("Classes listed in `top_k`.", 3, ge=1, le=100)
+    alpha: float | None = _spec(
+        "Also give sets of classes that miss the right one at most this often, over images.", gt=0.0, lt=1.0
+    )
+    max_cost: float | None = _spec(
+        "cascade: mean cost per image to stay within, relative to `single`; chooses cascade if `method` is absent.",
+        ge=1.0,
+    )
     deadline_ms: int | None = _spec(
         "Budget from arrival to answer, queueing included, milliseconds.", ge=1, le=3_600_000
     )
@@ -148,6 +156,47 @@ class Gear:
 
 
 @dataclass(frozen=True)
+class DecisionRule:
+    """When a method's answer is accepted, escalated or abstained from, and what validation showed of it.
+
+    Attributes:
+        score: uncertainty key that is compared.
+        accept: the least sure value that is accepted; None accepts nothing (the target is out of reach).
+        abstain: beyond it the method abstains, between the two it escalates; None never abstains.
+        target, value, confidence: what `accept` was chosen for.
+        coverage: share of validation images accepted; `risk` their error rate, `bound` its upper bound.
+    """
+
+    score: str
+    accept: float | None
+    abstain: float | None
+    target: str
+    value: float
+    confidence: float
+    coverage: float
+    risk: float | None
+    bound: float | None
+
+
+@dataclass(frozen=True)
+class SetRule:
+    """How a method's prediction sets were calibrated: conformal rule, images, and the least useful alpha."""
+
+    rule: str
+    rows: int
+    smallest_alpha: float
+
+
+@dataclass(frozen=True)
+class CascadePoint:
+    """A point that `max_cost` may pick: share of validation images that the members answered, mean cost, decision."""
+
+    share: float
+    cost: float
+    decision: DecisionRule
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What a worker advertises of a model; the gateway checks requests against it.
 
@@ -159,6 +208,8 @@ class ModelInfo:
         weights: digest of the model's weights.
         methods: classify methods and their cost relative to `single` (conv + linear MACs).
         calls: classify methods and their network calls per image (the unit of admission).
+        decisions, sets: by classify method; empty for a model that was not calibrated.
+        cascade: points of method `cascade`, by rising cost.
     """
 
     name: str
@@ -175,6 +226,9 @@ class ModelInfo:
     methods: dict[str, float] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    decisions: dict[str, DecisionRule] = field(default_factory=dict)
+    sets: dict[str, SetRule] = field(default_factory=dict)
+    cascade: tuple[CascadePoint, ...] = ()
     default_method: str = ""
 
 
@@ -208,6 +262,8 @@ class ClassifyWork:
     images: tuple[bytes, ...]
     method: MethodName
     top_k: int
+    alpha: float | None = None
+    max_cost: float | None = None
 
     @property
     def rows(self) -> int:
@@ -234,10 +290,17 @@ class GeneratedRow:
 
 @dataclass(frozen=True)
 class ClassifiedRow:
-    """One classified image: calibrated probabilities (K,) and uncertainty in nats."""
+    """One classified image: calibrated probabilities (K,) and uncertainty in nats.
+
+    `decision` is absent (None) where the model was not calibrated, `prediction_set` (class indices, likeliest
+    first) where no alpha was asked for. `escalated`: a cascade's members ran.
+    """
 
     probabilities: tuple[float, ...]
     uncertainty: dict[str, float]
+    decision: DecisionName | None = None
+    prediction_set: tuple[int, ...] | None = None
+    escalated: bool = False
 
 
 @dataclass(frozen=True)
@@ -245,12 +308,14 @@ class StepStats:
     """What one tick did, for metrics: rows (images), and blocks x network rows run and at full depth.
 
     `depth_counts` maps (time bin 0..9 of u in tenths, depth) to rows; empty for classify. `decoded` of the
-    rows went through the codec. `waiting` are slots that were listed and did not move this time.
+    rows went through the codec. `waiting` are slots that were listed and did not move this time; `finished` those
+    that moved and turn out to need no more, whatever admission said.
     """
 
     rows: int
     decoded: int = 0
     waiting: frozenset[int] = frozenset()
+    finished: frozenset[int] = frozenset()
     layer_evals: int = 0
     layer_evals_full: int = 0
     depth_counts: Mapping[tuple[int, int], int] = field(default_factory=dict)
@@ -265,15 +330,15 @@ class Task(Protocol[W_contra, R_co]):
     """Three verbs over a pool of slots: admit, step, collect.
 
     Slots are integers below `capacity`; the caller owns which are free. A row admitted with e
-    evaluations is stepped e times (0 is allowed), then collected; a row may be dropped at any time
-    by simply reusing its slot.
+    evaluations is stepped e times (0 is allowed), or until a step names it in `StepStats.finished`,
+    then collected; a row may be dropped at any time by simply reusing its slot.
     """
 
     info: ModelInfo
     capacity: int
 
     def admit(self, work: W_contra, indices: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
-        """Place images `indices` of `work` in `slots`; returns each row's evaluations to come."""
+        """Place images `indices` of `work` in `slots`; returns each row's evaluations to come, at most."""
 
     def step(self, slots: Sequence[int]) -> StepStats:
         """Advance the listed rows by one evaluation, all in one batch, but for those in `StepStats.waiting`."""

@@ -35,6 +35,7 @@ METHODS = {
     "single": "models.tasks.methods:Single",
     "bridge": "models.tasks.methods:Bridge",
     "ensemble": "models.tasks.methods:Ensemble",
+    "cascade": "models.tasks.cascade:Cascade",
 }
 BACKENDS = {
     "eager": "models.backends.eager:build",

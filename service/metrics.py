@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest, start_http_server
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from models.api import ModelInfo, StepStats
+from models.api import DecisionName, ModelInfo, StepStats
 
 SECONDS = (
     0.001,
@@ -128,6 +128,9 @@ class WorkerMetrics:
         self.disagreement = Histogram(
             "offramp_disagreement_nats", "KL(source || estimate).", ["model", "method"], buckets=NATS, registry=r
         )
+        self.decisions = Counter(
+            "offramp_decisions", "Images accepted, escalated, abstained.", ["model", "method", "decision"], registry=r
+        )
         self.model = Info("offramp_model", "Model served by this worker.", ["model"], registry=r)
         self.exit_depth = ExitDepths()
         r.register(self.exit_depth)
@@ -147,6 +150,9 @@ class WorkerMetrics:
             self.outcomes.labels(info.name, outcome)
         for mode in [g.name for g in info.gears] + list(info.methods):
             self.images.labels(info.name, mode)
+        for method in info.decisions:
+            for decision in get_args(DecisionName):
+                self.decisions.labels(info.name, method, decision)
         self.redeliveries.labels(info.name)
         self.mixed.labels(info.name)
 

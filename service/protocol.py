@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from models.api import ClassifyWork, GenerateWork, ModelInfo
+from models.api import ClassifyWork, DecisionName, GenerateWork, ModelInfo
 
 Outcome = Literal["ok", "failed", "expired"]
 T = TypeVar("T")
@@ -76,10 +76,12 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One classified image: probabilities in label order, uncertainty in nats."""
+    """One classified image: probabilities in label order, uncertainty in nats; the rest as in ClassifiedRow."""
 
     probabilities: tuple[float, ...]
     uncertainty: dict[str, float]
+    decision: DecisionName | None = None
+    prediction_set: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

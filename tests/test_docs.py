@@ -24,6 +24,7 @@ from tests.traffic import Traffic
 
 PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 SUFFIX = {"counter": "_total", "info": "_info"}
 
 
@@ -69,7 +70,7 @@ def request_fields(params: type[Any]) -> str:
     rows, hints = [], get_type_hints(params)
     for field in dataclasses.fields(params):
         bounds = field.metadata
-        limits = [f"{sign} {bounds[key]}" for key, sign in (("ge", "≥"), ("le", "≤")) if key in bounds]
+        limits = [f"{sign} {bounds[key]}" for key, sign in SIGNS.items() if key in bounds]
         limits += [f"at most {bounds['max_length']} characters"] if "max_length" in bounds else []
         kind = json_type(hints[field.name])
         rows.append([f"`{field.name}`", kind, shown(field.default), ", ".join(limits), bounds["doc"]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.api import ExitSchedule, Gear, ModelInfo, StepStats
+from models.api import DecisionRule, ExitSchedule, Gear, ModelInfo, StepStats
 from service.metrics import GatewayMetrics, WorkerMetrics
 
 GENERATOR = ModelInfo(
@@ -22,6 +22,7 @@ CLASSIFIER = ModelInfo(
     image=(28, 28, 1),
     weights="e" * 64,
     methods={"single": 1.0, "bridge": 1.2},
+    decisions={"bridge": DecisionRule("entropy", 0.6, 1.5, "coverage_at_risk", 0.05, 0.95, 0.85, 0.04, 0.05)},
     default_method="bridge",
 )
 TICK = StepStats(rows=4, layer_evals=24, layer_evals_full=32, depth_counts={(0, 8): 2, (5, 6): 1, (9, 2): 1})
@@ -54,5 +55,7 @@ class Traffic:
             self.worker.images.labels(model, mode).inc(4)
         self.worker.ticked("painter", 0.02, TICK, jobs=2)
         self.worker.ticked("judge", 0.01, StepStats(rows=4), jobs=1)
+        for decision, images in (("accept", 6), ("escalate", 1), ("abstain", 1)):
+            self.worker.decisions.labels("judge", "bridge", decision).inc(images)
         self.worker.entropy.labels("judge", "bridge").observe(0.4)
         self.worker.disagreement.labels("judge", "bridge").observe(0.05)

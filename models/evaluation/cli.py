@@ -12,8 +12,11 @@ from models.evaluation import classify as classifiers
 from models.evaluation import generate as generators
 from models.evaluation import studies
 from models.evaluation.report import classify_table, find, gears_table, provenance, write_card
+from models.evaluation.uncertainty import rankings, study
+from models.evaluation.uncertainty_report import draw, report
 from models.store import read_config, write_json
-from models.tasks.classifier import bridge_folder
+from models.tasks.classifier import bridge_folder, load_classifier
+from models.tasks.contracts import write_calibration
 from models.training.data import read, splits
 
 app = typer.Typer(no_args_is_help=True, help="Measure shipped or trained models.")
@@ -47,17 +50,27 @@ def classify(
     data: Data,
     ood: Annotated[Path | None, typer.Option(help="Folder of out-of-distribution images of the same shape.")] = None,
     write: Write = False,
+    plots: Annotated[Path | None, typer.Option(help="Folder for reliability.png and risk-coverage.png.")] = None,
+    risk: Annotated[float, typer.Option(min=0.0001, max=0.9, help="Error rate of accepted images, at most.")] = 0.05,
 ) -> None:
-    """Accuracy, likelihood, calibration, DEE, cost, time and out-of-distribution detection of every method."""
+    """Accuracy, likelihood, DEE, cost and time of every method, and what its uncertainty is worth.
+
+    `--write` also fits decisions, prediction sets and the cascade on validation, and keeps them with the model.
+    """
     folder = find(model)
-    outside = read(ood, "test") if ood else None
+    classifier = load_classifier(folder)
+    found = study(classifier, splits(data), read(ood, "test") if ood else None, risk)
     result = classifiers.evaluate(folder, splits(data))
     times = classifiers.time_methods(folder)
     costs = classifiers.costs_by_row(folder)
-    detection = classifiers.detect(folder, splits(data).test, outside) if outside else {}
+    ranked = {method: rankings(found, method)["entropy"] for method in found.methods}
+    detection = {method: r.foreign for method, r in ranked.items()} if ood else {}
     where = provenance()
     table = classify_table(result, costs, times, detection, where)
-    print(table)
+    more = report(found, classifier)
+    print(table, more, sep="\n\n")
+    for path in draw(found, plots) if plots else []:
+        print(f"wrote {path}")
     if write:
         served = {"single": "source", "ensemble": f"DE-{len(read_config(folder)['members'])}"}
         config = read_config(folder)
@@ -65,9 +78,10 @@ def classify(
         if beside is not None:
             served["bridge"] = f"bridge x{read_config(beside)['evaluations']}"
             write_card(beside, table)
+        write_calibration(folder, classifier, found.calibration)
         config["times"] = {method: round(times[name], 2) for method, name in served.items()}
         write_json(folder / "config.json", config)
-        write_card(folder, table)
+        write_card(folder, f"{table}\n\n{more}")
     summary = {k: result[k] for k in ("dee", "recovered", "curve")}
     print(json.dumps({"model": folder.name, **summary, "times": times, "auroc": detection, **where}))
 

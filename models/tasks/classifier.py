@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ class BridgeModel:
     evaluations: int
     softening: float
     temperature: float
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,13 @@ class Classifier:
     members: list[ResNet]
     temperatures: dict[str, float]
     bridge: BridgeModel | None
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all that its probabilities depend on: weights, temperatures and the served bridge."""
+        b = self.bridge
+        served = None if b is None else [b.sha256, b.evaluations, b.softening, b.temperature]
+        return hashlib.sha256(json.dumps([self.weights, self.temperatures, served]).encode()).hexdigest()
 
     def costs(self) -> dict[str, float]:
         """Conv + linear MACs of each method relative to `single`."""
@@ -57,13 +68,21 @@ def to_pixels(images: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255.0
 
 
+def finite(path: Path, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of a file, refused when one holds NaN or infinity."""
+    for name, values in tensors.items():
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            raise StoreError(f"{path}: {name} holds NaN or infinity; train or export the model again")
+    return tensors
+
+
 def load_members(folder: Path) -> list[ResNet]:
     """The members of an ensemble folder, eval mode, float32; the first is the source."""
     config = read_config(folder, "ensemble")
     members = []
     for name in config["members"]:
         member: ResNet = resolve(BACKBONES, config["backbone"]).from_config(config["network"])
-        member.load_state_dict(read_tensors(folder, name, config["files"]))
+        member.load_state_dict(finite(folder / name, read_tensors(folder, name, config["files"])))
         members.append(member.eval().requires_grad_(False))
     return members
 
@@ -72,7 +91,7 @@ def load_bridge_network(folder: Path, config: dict[str, Any], name: str) -> Brid
     """One network of a bridge folder, eval mode, float32. A regressor is a bridge with one step."""
     steps = config["network"]["steps"] if name.startswith("bridge") else 1
     network: BridgeNetwork = resolve(BACKBONES, config["backbone"]).from_config(config["network"] | {"steps": steps})
-    network.load_state_dict(read_tensors(folder, name, config["files"]))
+    network.load_state_dict(finite(folder / name, read_tensors(folder, name, config["files"])))
     return network.eval().requires_grad_(False)
 
 
@@ -100,6 +119,7 @@ def load_bridge(folder: Path, ensemble: dict[str, Any]) -> BridgeModel:
         evaluations=config["evaluations"],
         softening=config["softening"],
         temperature=config["temperature"],
+        sha256=config["files"][config["serve"]],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -72,15 +73,32 @@ def generate_work(params: GenerateParams, info: ModelInfo, image_format: ImageFo
 
 def classify_work(params: ClassifyParams, info: ModelInfo, images: Sequence[bytes]) -> ClassifyWork:
     """A classify job; `images` are already uint8 HWC bytes of the model's shape."""
-    method = info.default_method if params.method is None else params.method
+    default = "cascade" if params.max_cost is not None and info.cascade else info.default_method
+    method = default if params.method is None else params.method
     if method not in info.methods:
         raise unknown("method", method, info.methods)
+    if params.alpha is not None and method not in info.sets:
+        raise BadRequest(f"{info.name} has no calibrated prediction sets for {method}", field="alpha")
+    check_cost(params.max_cost, method, info)
     return ClassifyWork(
         model=info.name,
         images=tuple(images),
         method=cast(MethodName, method),
         top_k=min(params.top_k, len(info.labels)),
+        alpha=params.alpha,
+        max_cost=params.max_cost,
     )
+
+
+def check_cost(max_cost: float | None, method: str, info: ModelInfo) -> None:
+    """Refuse a max_cost that `method` cannot keep."""
+    if max_cost is None:
+        return
+    if method != "cascade":
+        raise BadRequest("only method cascade chooses what to spend: drop max_cost, or ask for it", field="max_cost")
+    if max_cost < info.cascade[0].cost:
+        least = math.ceil(100 * info.cascade[0].cost) / 100
+        raise BadRequest(f"must be at least {least}, what the cheapest answer costs, got {max_cost}", field="max_cost")
 
 
 def pick_gear(info: ModelInfo, name: str) -> Gear:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from models.api import MAX_ROWS, ClassifyParams, GenerateParams, ModelInfo
+from models.api import MAX_ROWS, ClassifyParams, DecisionName, GenerateParams, ModelInfo
 
 P = TypeVar("P")
 _DERIVED: dict[type[BaseModel], type[Any]] = {}
@@ -68,7 +68,8 @@ def _constrained(hint: Any, bounds: Any) -> Any:
         return Annotated[tuple[items], Field(strict=False)]  # type: ignore[valid-type]
     if hint in (int, float):
         finite = False if hint is float else None
-        return Annotated[hint, Field(ge=bounds.get("ge"), le=bounds.get("le"), allow_inf_nan=finite)]
+        limits = {key: bounds.get(key) for key in ("ge", "gt", "le", "lt")}
+        return Annotated[hint, Field(**limits, allow_inf_nan=finite)]
     if hint is str and "max_length" in bounds:
         return Annotated[hint, Field(max_length=bounds["max_length"])]
     return hint
@@ -137,20 +138,25 @@ class RankedClass(BaseModel):
 
 
 class Classification(RankedClass):
-    """The most probable class of one image, its rivals, and how unsure the answer is (nats)."""
+    """The most probable class of one image, its rivals, how unsure the answer is (nats), what to do with it."""
 
     top_k: list[RankedClass]
     probabilities: dict[str, float]
     uncertainty: dict[str, float]
+    decision: DecisionName | None = Field(None, description="Absent where the model was not calibrated.")
+    prediction_set: list[str] | None = Field(None, description="Class names, likeliest first; present with `alpha`.")
 
 
 class ClassifyReceipt(BaseModel):
-    """How the answer was made; `cost_vs_single` counts conv + linear MACs."""
+    """How the answer was made; costs are conv + linear MACs relative to `single`. The optional are a cascade's."""
 
     model_config = ConfigDict(extra="allow")
 
     method: str
-    cost_vs_single: float
+    cost_vs_single: float = Field(description="Mean over the images, as they ran.")
+    expected_cost: float | None = Field(None, description="Mean over validation at the point that max_cost picked.")
+    escalated: list[int] | None = Field(None, description="Images that the members answered, from 0.")
+    image_costs: list[float] | None = Field(None, description="By image.")
 
 
 class ClassifyResponse(BaseModel):

@@ -133,7 +133,7 @@ class Engine:
             stats = self.task.step(batch)
         except Exception as error:
             return None, self._fail(self._scheduler.owners(batch), error, "step")
-        self._scheduler.stepped([slot for slot in batch if slot not in stats.waiting])
+        self._scheduler.stepped([slot for slot in batch if slot not in stats.waiting], stats.finished)
         return stats, []
 
     def _collect(self) -> tuple[list[Finished], float]:

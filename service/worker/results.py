@@ -39,7 +39,9 @@ def to_result(done: Finished, worker: str) -> Result:
     if isinstance(job, GenerateJob):
         images = tuple(_image(row, job.work.format) for row in done.rows)
     else:
-        predictions = tuple(Prediction(row.probabilities, row.uncertainty) for row in done.rows)
+        predictions = tuple(
+            Prediction(row.probabilities, row.uncertainty, row.decision, row.prediction_set) for row in done.rows
+        )
     return Result(
         id=job.id,
         outcome=done.outcome,
@@ -77,6 +79,8 @@ def record(metrics: WorkerMetrics, model: str, result: Result, done: Finished) -
 
 def _record_uncertainty(metrics: WorkerMetrics, model: str, method: str, rows: Sequence[ClassifiedRow]) -> None:
     for row in rows:
+        if row.decision is not None:
+            metrics.decisions.labels(model, method, row.decision).inc()
         if "entropy" in row.uncertainty:
             metrics.entropy.labels(model, method).observe(row.uncertainty["entropy"])
         if "disagreement_source_vs_estimate" in row.uncertainty:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,17 +125,17 @@ class Scheduler:
         return Admission(job, indices, slots)
 
     def admitted(self, admission: Admission, evaluations: Sequence[int]) -> None:
-        """Say how many evaluations each row of an admission needs; 0 is finished at once."""
+        """Say how many evaluations each row of an admission needs at most; 0 is finished at once."""
         self._left.update(zip(admission.slots, evaluations, strict=True))
 
     def batch(self) -> list[int]:
         """Slots to step: every row with evaluations to come."""
         return sorted(slot for slot, left in self._left.items() if left > 0)
 
-    def stepped(self, slots: Iterable[int]) -> None:
-        """Each of `slots` had one evaluation."""
+    def stepped(self, slots: Iterable[int], finished: Container[int] = ()) -> None:
+        """Each of `slots` had one evaluation; those of them in `finished` need no more."""
         for slot in slots:
-            self._left[slot] -= 1
+            self._left[slot] = 0 if slot in finished else self._left[slot] - 1
 
     def finished(self) -> dict[str, list[int]]:
         """Slots whose rows are ready to be collected, by job."""

@@ -23,6 +23,7 @@ from tests.support import Offramp
 
 pytestmark = [pytest.mark.e2e, pytest.mark.zoo]
 TILE = 28
+METHODS = ["single", "bridge", "ensemble", "cascade"]
 
 
 def sheet(name: str) -> np.ndarray:
@@ -128,7 +129,7 @@ def test_samples_look_like_their_label_to_the_classifier(client):
     assert right >= 32
 
 
-@pytest.mark.parametrize("method", ["single", "bridge", "ensemble"])
+@pytest.mark.parametrize("method", METHODS)
 def test_classify_over_http_equals_the_evaluation_in_process(client, method):
     images, labels = sheet("fashion-test.png"), np.repeat(np.arange(10), 20)
     results = []
@@ -139,6 +140,7 @@ def test_classify_over_http_equals_the_evaluation_in_process(client, method):
     for found, expected in zip(results, reference, strict=True):
         assert list(found["probabilities"].values()) == pytest.approx(expected.probabilities, rel=1e-4, abs=1e-6)
         assert set(found["uncertainty"]) == set(expected.uncertainty)
+        assert found["decision"] == expected.decision
         for key, value in expected.uncertainty.items():
             assert found["uncertainty"][key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
     accuracy = np.mean([r["index"] == y for r, y in zip(results, labels, strict=True)])
@@ -146,7 +148,87 @@ def test_classify_over_http_equals_the_evaluation_in_process(client, method):
     assert accuracy > 0.85
 
 
-@pytest.mark.parametrize("method", ["single", "bridge", "ensemble"])
+def classify_requests(n: int) -> list[dict[str, Any]]:
+    """Requests of every method, cost and alpha, of 1 to 9 images."""
+    rng, images = random.Random(3), sheet("fashion-test.png")
+    options: list[dict[str, Any]] = [{"method": method} for method in METHODS]
+    options += [{"max_cost": cost} for cost in (1.2, 1.6, 2.5, 9)]
+    return [
+        {
+            "images": [png(images[rng.randrange(len(images))]) for _ in range(rng.choice([1, 1, 2, 9]))],
+            **rng.choice(options),
+            **rng.choice([{}, {"alpha": 0.1}, {"alpha": 0.01}]),
+        }
+        for _ in range(n)
+    ]
+
+
+def assert_same_answers(one: dict[str, Any], other: dict[str, Any], body: dict[str, Any]) -> None:
+    assert one["receipt"] == other["receipt"]
+    for a, b in zip(one["results"], other["results"], strict=True):
+        asked = {key: value for key, value in body.items() if key != "images"}
+        assert list(a) == list(b), asked
+        assert (a["label"], a["decision"], a.get("prediction_set")) == (
+            b["label"],
+            b["decision"],
+            b.get("prediction_set"),
+        )
+        assert ("prediction_set" in a) == ("alpha" in body)
+        assert list(a["probabilities"].values()) == pytest.approx(list(b["probabilities"].values()), rel=1e-4, abs=1e-6)
+        assert a["uncertainty"] == pytest.approx(b["uncertainty"], rel=1e-3, abs=1e-5)
+
+
+def test_a_mixed_flood_of_methods_gives_the_answers_of_requests_one_at_a_time(client, offramp_up):
+    requests = classify_requests(40)
+    alone = [ask(client, body, "/classify") for body in requests]
+    before = metric(offramp_up, "offramp_mixed_ticks_total", model="fashion-ensemble")
+    with ThreadPoolExecutor(40) as pool:
+        together = list(pool.map(lambda body: ask(client, body, "/classify"), requests))
+    assert metric(offramp_up, "offramp_mixed_ticks_total", model="fashion-ensemble") > before
+    for body, one, other in zip(requests, alone, together, strict=True):
+        assert_same_answers(one, other, body)
+
+
+def test_sixty_four_files_are_answered_as_one_by_one_in_json(client, offramp_up):
+    images, asked = sheet("fashion-test.png")[:192:3], {"max_cost": 2.5, "alpha": 0.05}
+    files = [("files", (f"{i}.png", base64.b64decode(png(image)))) for i, image in enumerate(images)]
+    before = metric(offramp_up, "offramp_decisions_total", model="fashion-ensemble", method="cascade")
+    answer = client.post("/classify", files=files, data={key: str(value) for key, value in asked.items()})
+    assert answer.status_code == 200, answer.text
+    together, singles = answer.json(), [ask(client, {"image": png(i), **asked}, "/classify") for i in images]
+    assert metric(offramp_up, "offramp_decisions_total", model="fashion-ensemble", method="cascade") == before + 128
+    receipt = together["receipt"]
+    assert receipt["image_costs"] == [single["receipt"]["cost_vs_single"] for single in singles]
+    assert receipt["cost_vs_single"] == pytest.approx(np.mean(receipt["image_costs"]))
+    assert 0 < len(receipt["escalated"]) < 64
+    assert receipt["expected_cost"] <= 2.5
+    whole = {"results": together["results"], "receipt": {}}
+    assert_same_answers(whole, {"results": [r for s in singles for r in s["results"]], "receipt": {}}, asked)
+    for i, result in enumerate(together["results"]):
+        assert ("mutual_information" in result["uncertainty"]) == (i in receipt["escalated"])
+
+
+def test_sets_hold_the_label_about_as_often_as_promised(client):
+    images, labels = sheet("fashion-test.png"), np.repeat(np.arange(10), 20)
+    names, held = client.get("/models/fashion-ensemble").json()["labels"], []
+    for i in range(0, 200, 50):
+        body = {"images": [png(image) for image in images[i : i + 50]], "alpha": 0.1}
+        results = ask(client, body, "/classify")["results"]
+        held += [names[y] in r["prediction_set"] for r, y in zip(results, labels[i : i + 50], strict=True)]
+    assert 0.8 < np.mean(held) < 0.97
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [({"alpha": 0}, "alpha"), ({"alpha": 1}, "alpha"), ({"max_cost": 1.1}, "max_cost"),
+     ({"max_cost": 3, "method": "ensemble"}, "max_cost")],
+)  # fmt: skip
+def test_promises_that_cannot_be_kept_are_refused(client, asked, field):
+    answer = client.post("/classify", json={"image": png(sheet("fashion-test.png")[0]), **asked})
+    assert (answer.status_code, answer.json()["field"]) == (422, field)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_entropy_ranks_digits_above_clothes(client, method):
     def entropies(name: str, limit: int) -> np.ndarray:
         body = {"images": [png(image) for image in sheet(name)[:limit]], "method": method}
@@ -162,7 +244,7 @@ def test_models_are_listed_with_their_cards(client):
     assert "fashion-dit" in str(listed)
     generator = client.get("/models/fashion-dit").json()
     assert [g["name"] for g in generator["gears"]] == ["full", "balanced", "eco"]
-    assert set(client.get("/models/fashion-ensemble").json()["methods"]) == {"single", "bridge", "ensemble"}
+    assert set(client.get("/models/fashion-ensemble").json()["methods"]) == set(METHODS)
 
 
 def test_the_shipped_weights_stay_small():

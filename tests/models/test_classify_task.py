@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.api import ClassifyWork, Task
+from models.api import ClassifyWork, Task, UserError
 from models.backbones.bridge import BridgeConfig, BridgeNetwork
 from models.backbones.resnet import ResNet, ResNetConfig
 from models.bridge.process import TEMPERATURE
@@ -80,14 +80,17 @@ def task(folder):
 IMAGES = [np.random.default_rng(i).integers(0, 256, (28, 28, 1), dtype=np.uint8).tobytes() for i in range(12)]
 
 
-def work(method, *images):
-    return ClassifyWork(model="toy", images=tuple(images), method=method, top_k=2)
+def work(method, *images, **options):
+    return ClassifyWork(model="toy", images=tuple(images), method=method, top_k=2, **options)
 
 
 def run(task, job, slots=None):
     slots = slots or list(range(job.rows))
-    for _ in range(task.admit(job, range(job.rows), slots)[0]):
-        task.step(slots)
+    left = dict(zip(slots, task.admit(job, range(job.rows), slots), strict=True))
+    while moving := [slot for slot, n in left.items() if n]:
+        finished = task.step(moving).finished
+        assert finished <= set(moving)
+        left |= {slot: 0 if slot in finished else left[slot] - 1 for slot in moving}
     return task.collect(slots)
 
 
@@ -137,6 +140,13 @@ def test_the_stepwise_bridge_is_the_sampler(folder, task):
     z = run_bridge(classifier.bridge.network, tap, source(x), 5, TEMPERATURE)
     expected = (z.double().log_softmax(1) / 1.2).softmax(1)[0]
     assert run(task, work("bridge", IMAGES[0]))[0].probabilities == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("pixels", [28 * 28 * 3, 28 * 28 - 1, 0])
+def test_pictures_of_another_shape_are_refused(task, pixels):
+    with pytest.raises(UserError, match=r"image 1 has .* takes \(28, 28, 1\)") as refused:
+        task.admit(work("bridge", IMAGES[0], bytes(pixels)), [0, 1], [0, 1])
+    assert refused.value.field == "images"
 
 
 def test_costs_are_relative_macs(task):

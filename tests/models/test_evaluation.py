@@ -197,11 +197,15 @@ def test_the_exit_is_one_step_late_and_thresholds_move_it():
 
 
 def test_classify_measures_every_method(zoo, data):
-    output, summary = run("classify", zoo / "toy", "--data", data, "--ood", data, "--write")
+    output, summary = run("classify", zoo / "toy", "--data", data, "--ood", data, "--write", "--plots", zoo / "plots")
+    assert {path.name for path in (zoo / "plots").iterdir()} == {"reliability.png", "risk-coverage.png"}
+    assert set(read_json(zoo / "toy" / "calibration.json")["methods"]) == {"single", "bridge", "ensemble"}
+    assert "### Prediction sets" in (zoo / "toy" / "card.md").read_text()
+    assert "### Prediction sets" not in (zoo / "toy-bridge" / "card.md").read_text()
     for row in ("source at T*", "DE-2", "DE-3", "bridge x1", "bridge x5"):
         assert f"| {row} |" in output
     assert summary["dee"]["DE-2"]["mean"] == pytest.approx(2)
-    assert set(summary["auroc"]) == {"single", "bridge", "ensemble"}
+    assert set(summary["auroc"]) == {"single", "bridge", "ensemble", "cascade"}
     assert summary["auroc"]["single"] == pytest.approx(0.5)
     assert set(read_json(zoo / "toy" / "config.json")["times"]) == {"single", "bridge", "ensemble"}
 

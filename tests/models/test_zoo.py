@@ -24,7 +24,8 @@ def test_every_shipped_folder_loads():
     )
     assert [gear.name for gear in generator.info.gears] == ["full", "balanced", "eco"]
     assert generator.info.default_gear == "balanced"
-    assert set(classifier.info.methods) == {"single", "bridge", "ensemble"}
+    assert set(classifier.info.methods) == {"single", "bridge", "ensemble", "cascade"}
+    assert set(classifier.info.decisions) == set(classifier.info.sets) == set(classifier.info.methods)
     assert classifier.info.methods["bridge"] <= 1.25
 
 
@@ -52,7 +53,8 @@ def test_gears_in_prose_are_those_of_gears_json(page):
 
 def test_the_readme_holds_the_table_of_the_ensembles_card():
     card, readme = (ZOO / "fashion-ensemble" / "card.md").read_text(), (REPO / "README.md").read_text()
-    rows = [line for line in card.splitlines() if line.startswith(("| source", "| DE-", "| bridge", "| regressor"))]
+    table = card.split("\n### ")[0]
+    rows = [line for line in table.splitlines() if line.startswith(("| source", "| DE-", "| bridge", "| regressor"))]
     assert len(rows) == 10
     assert [row for row in rows if row not in readme] == []
 
@@ -65,6 +67,30 @@ def test_the_receipts_time_is_the_cards():
         if line.startswith("| bridge x1")
     )
     assert float(row.split("|")[-2]) == times["bridge"]
+
+
+def test_the_cards_promises_are_those_that_are_served():
+    info, card = load_classifier(ZOO / "fashion-ensemble", 1, "cpu").info, (ZOO / "fashion-ensemble" / "card.md")
+    decisions = card.read_text().split("### Decisions")[1].split("###")[0]
+    for method, rule in info.decisions.items():
+        row = next(line for line in decisions.splitlines() if line.startswith(f"| {method} |"))
+        assert f"| {rule.accept:.3f} | {rule.abstain:.3f} | {rule.coverage:.1%} | {rule.bound:.2%} |" in row
+    for point in info.cascade:
+        assert f"| {point.cost:.2f}" in card.read_text()
+
+
+def coverages():
+    """(served, alpha, covered by the shipped calibration, covered over 20 splits) from the card."""
+    table = (ZOO / "fashion-ensemble" / "card.md").read_text().split("### Prediction sets")[1].split("###")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    return [(r[0], float(r[1]), *(float(r[i].split("%")[0]) / 100 for i in (2, 5))) for r in rows[2:]]
+
+
+def test_prediction_sets_meet_their_bar():
+    assert len(coverages()) == 8
+    for served, alpha, shipped, splits in coverages():
+        assert abs(splits - (1 - alpha)) <= 0.01, served
+        assert abs(shipped - (1 - alpha)) <= 0.015, served  # one draw of calibration and test rows
 
 
 def test_malformed_gears_are_named(tmp_path):

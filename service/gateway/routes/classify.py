@@ -37,6 +37,7 @@ router = APIRouter()
 
 @router.post(
     "/classify",
+    response_model_exclude_none=True,
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -70,7 +71,7 @@ async def classify(
 
 def classification(prediction: Prediction, labels: Sequence[str], top_k: int) -> Classification:
     """The answer for one image: classes by falling probability, ties by index."""
-    p = prediction.probabilities
+    p, members = prediction.probabilities, prediction.prediction_set
     order = sorted(range(len(p)), key=lambda index: (-p[index], index))[:top_k]
     ranked = [RankedClass(label=labels[index], index=index, score=p[index]) for index in order]
     return Classification(
@@ -80,4 +81,6 @@ def classification(prediction: Prediction, labels: Sequence[str], top_k: int) ->
         top_k=ranked,
         probabilities=dict(zip(labels, p, strict=True)),
         uncertainty=prediction.uncertainty,
+        decision=prediction.decision,
+        prediction_set=None if members is None else [labels[index] for index in members],
     )

@@ -16,7 +16,7 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
-from models.api import ExitSchedule, Gear, GenerateWork, ModelInfo
+from models.api import CascadePoint, DecisionRule, ExitSchedule, Gear, GenerateWork, ModelInfo, SetRule
 from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.errors import Unavailable
@@ -37,14 +37,18 @@ DRAWER = ModelInfo(
     ),
     default_gear="full",
 )
+RULE = DecisionRule("entropy", 0.6, None, "coverage_at_risk", 0.05, 0.95, 0.85, 0.04, 0.05)
 JUDGE = ModelInfo(
     name="judge",
     task="classify",
     labels=LABELS,
     image=(28, 28, 1),
     weights="w2",
-    methods={"single": 1.0, "bridge": 1.2},
-    calls={"single": 1, "bridge": 2},
+    methods={"single": 1.0, "bridge": 1.2, "cascade": 1.6},
+    calls={"single": 1, "bridge": 2, "cascade": 3},
+    decisions={"bridge": RULE, "cascade": RULE},
+    sets={"bridge": SetRule("raps", 5000, 1 / 5001)},
+    cascade=(CascadePoint(0.0, 1.1864, RULE), CascadePoint(0.1, 1.6, RULE)),
     default_method="bridge",
 )
 INFOS = [DRAWER, JUDGE]
@@ -82,7 +86,8 @@ def echo(delivery: Delivery) -> Result:
                 for seed, label in zip(job.work.seeds, job.work.labels, strict=True)
             ),
         )  # fmt: skip
-    prediction = Prediction((0.5, 0.25, 0.25), {"entropy": 1.04})
+    promised = ("escalate", None if job.work.alpha is None else (1, 0)) if job.work.method == "bridge" else ()
+    prediction = Prediction((0.5, 0.25, 0.25), {"entropy": 1.04}, *promised)
     return Result(
         id=job.id, outcome="ok", receipt={"method": job.work.method, "cost_vs_single": 1.2},
         predictions=(prediction,) * job.work.rows,

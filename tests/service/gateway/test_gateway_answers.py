@@ -91,6 +91,7 @@ async def test_classify_answers_in_the_documented_shape(http: httpx.AsyncClient,
             ],
             "probabilities": {"T-shirt/top": 0.5, "Trouser": 0.25, "Boot": 0.25},
             "uncertainty": {"entropy": 1.04},
+            "decision": "escalate",
         }
     ]  # fmt: skip
     assert answer["receipt"] == {"method": "bridge", "cost_vs_single": 1.2}
@@ -105,6 +106,37 @@ async def test_classify_takes_many_images_and_resizes_them(http: httpx.AsyncClie
     assert set(exact.flat) == {77}
     assert (wide[:7].max(), wide[7:21].min(), wide[21:].max()) == (0, 255, 0)
     assert small.min() >= 250
+
+
+async def test_a_set_of_names_for_those_who_ask_for_one(http: httpx.AsyncClient, worker: Worker) -> None:
+    files, asked = [("file", ("a.png", BOOT))], {"method": "bridge", "alpha": "0.1"}
+    for answer in (
+        await http.post("/classify", json={"image": b64(BOOT), "method": "bridge", "alpha": 0.1}),
+        await http.post("/classify", files=files, data=asked),
+        await http.post("/classify", files=files, params=asked),
+    ):
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["results"][0]["prediction_set"] == ["Trouser", "T-shirt/top"]
+    assert [job.work.alpha for job in worker.seen] == [0.1] * 3
+
+
+async def test_a_cost_asks_for_a_cascade(http: httpx.AsyncClient, worker: Worker) -> None:
+    for body in ({"max_cost": 1.2}, {"max_cost": 1.2, "method": "cascade"}, {"method": "cascade"}):
+        answer = (await http.post("/classify", json={"image": b64(BOOT), **body})).json()
+        assert answer["receipt"]["method"] == "cascade"
+    assert [job.work.max_cost for job in worker.seen] == [1.2, 1.2, None]
+
+
+async def test_what_was_not_calibrated_is_absent_not_null(http: httpx.AsyncClient, worker: Worker) -> None:
+    [result] = (await http.post("/classify", json={"image": b64(BOOT), "method": "single"})).json()["results"]
+    assert not {"decision", "prediction_set"} & set(result)
+
+
+async def test_a_model_shows_what_its_methods_promise(http: httpx.AsyncClient, worker: Worker) -> None:
+    model = (await http.get("/models/judge")).json()
+    assert model["decisions"]["bridge"]["target"] == "coverage_at_risk"
+    assert model["decisions"]["bridge"]["abstain"] is None
+    assert model["sets"]["bridge"]["smallest_alpha"] == pytest.approx(1 / 5001)
 
 
 @pytest.mark.parametrize("field", ["image", "images", "file", "files"])

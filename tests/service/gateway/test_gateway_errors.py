@@ -94,12 +94,23 @@ async def test_form_bodies_and_query_parameters_are_refused(http: httpx.AsyncCli
         ({"image": BOOT, "model": "drawer"}, 422, "unknown_name", "model"),
         ({"image": BOOT, "top_k": 0}, 422, "bad_request", "top_k"),
         ({"image": BOOT, "url": "x"}, 422, "bad_request", "url"),
+        *[({"image": BOOT, "alpha": a}, 422, "bad_request", "alpha") for a in (0, 1, -0.1, 1.5, "0.1", True)],
+        ({"image": BOOT, "alpha": 0.1, "method": "single"}, 422, "bad_request", "alpha"),
+        *[({"image": BOOT, "max_cost": c}, 422, "bad_request", "max_cost") for c in (0, 0.99, 1.18, -1, "2", [2])],
+        ({"image": BOOT, "max_cost": 2, "method": "bridge"}, 422, "bad_request", "max_cost"),
     ],
 )
 async def test_classify_names_what_is_wrong(
     http: httpx.AsyncClient, body: dict[str, Any], status: int, code: str, field: str
 ) -> None:
     problem(await http.post("/classify", json=body), status, code, field)
+
+
+@pytest.mark.parametrize("field", ["alpha", "max_cost"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+async def test_numbers_that_json_does_not_have_are_refused(http: httpx.AsyncClient, field: str, value: str) -> None:
+    content, headers = f'{{"image": "{BOOT}", "{field}": {value}}}', {"Content-Type": "application/json"}
+    problem(await http.post("/classify", content=content, headers=headers), 422, "bad_request", field)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +121,8 @@ async def test_classify_names_what_is_wrong(
         ([("file", b"x")] * 65, {}, "files", "bad_request"),
         ([("file", b"x")], {"top_k": "many"}, "top_k", "bad_request"),
         ([("file", b"x")], {"colour": "red"}, "colour", "bad_request"),
+        *[([("file", b"x")], {"max_cost": c}, "max_cost", "bad_request") for c in ("nan", "inf", "0.5", "cheap")],
+        *[([("file", b"x")], {"alpha": a}, "alpha", "bad_request") for a in ("nan", "inf", "0", "1.0", "")],
         ([("file", b"x")], {"image": "text"}, "image", "bad_request"),
         ([("file", b"x")], {"top_k": ["1", "2"]}, "top_k", "bad_request"),
     ],

@@ -129,6 +129,12 @@ def test_classify_defaults_and_clipped_top_k() -> None:
     assert (work.method, work.top_k, work.rows) == ("bridge", 3, 2)
 
 
+def test_a_cost_without_a_cascade_is_refused() -> None:
+    with pytest.raises(BadRequest, match="only method cascade") as refused:
+        classify_work(ClassifyParams(max_cost=3.0), JUDGE, [b""])
+    assert refused.value.field == "max_cost"
+
+
 def test_prices() -> None:
     two_full = generate_work(GenerateParams(gear="full", n=2), DRAWER, "png")
     assert price(two_full, DRAWER) == 10 * 8 * 2 * 2  # steps, blocks, images, guided

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support import free_port
+from tests.support import REPO, free_port
 
 SITE = Path(__file__).parent / "site"
 
@@ -24,12 +24,12 @@ def toy_models(folder: Path) -> Path:
 
 
 def environment(models: Path, **settings: str) -> dict[str, str]:
-    """This process's environment with OFFRAMP_ variables of our own choice."""
+    """This process's environment with OFFRAMP_ variables of our own choice; children run this tree's code."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("OFFRAMP_")}
     chosen = {"MODELS": str(models), "WORKER_METRICS_PORT": str(free_port()), "PORT": str(free_port()), **settings}
     return (
         inherited
-        | {"PYTHONPATH": str(SITE), "TOY_STEP_S": "0.05"}
+        | {"PYTHONPATH": os.pathsep.join([str(SITE), str(REPO)]), "TOY_STEP_S": "0.05"}
         | {f"OFFRAMP_{key.upper()}": value for key, value in chosen.items()}
     )
 

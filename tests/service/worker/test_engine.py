@@ -7,7 +7,7 @@ from service.metrics import WorkerMetrics
 from service.protocol import Failure, Job
 from service.worker.engine import Engine, Finished
 from service.worker.rate import DrainRate
-from tests.service.worker.toy import BAD_ADMIT, BAD_COLLECT, BAD_STEP, REFUSED, ToyClassify, ToyGenerate, pixels
+from tests.service.worker.toy import BAD_ADMIT, BAD_COLLECT, BAD_STEP, EARLY, REFUSED, ToyClassify, ToyGenerate, pixels
 from tests.service.worker.work import delivery, draw, judge
 
 
@@ -119,6 +119,21 @@ def test_rows_that_wait_keep_their_evaluations() -> None:
     done = run(engine, job)[job.id]
     assert [row.exit_depths for row in done.rows] == [(4, 4)] * 3
     assert [len(batch) for batch in task.batches] == [1] * 6
+
+
+def test_rows_that_need_no_more_are_answered_at_once() -> None:
+    task = ToyGenerate(capacity=4)
+    engine = make(task)
+    early, whole = draw(rows=2, steps=5, seed=1, label=EARLY), draw(rows=2, steps=5, seed=10)
+    for job in (early, whole):
+        engine.offer(delivery(job))
+    [done] = engine.tick()
+    assert done.delivery.job is early
+    assert [row.exit_depths for row in done.rows] == [(4,), (4,)]
+    assert engine.free_rows() == 2
+    over = run(engine)
+    assert [len(row.exit_depths) for row in over[whole.id].rows] == [5, 5]
+    assert [len(batch) for batch in task.batches] == [4, 2, 2, 2, 2]
 
 
 def test_failing_batch_fails_its_jobs_and_the_loop_goes_on() -> None:

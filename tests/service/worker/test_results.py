@@ -53,14 +53,21 @@ def test_answers_survive_the_wire_and_are_counted() -> None:
     judged = Finished(
         delivery(judge()),
         "ok",
-        rows=(ClassifiedRow((0.25, 0.75), {"entropy": 0.5, "disagreement_source_vs_estimate": 0.1}),),
+        rows=(
+            ClassifiedRow((0.25, 0.75), {"entropy": 0.5, "disagreement_source_vs_estimate": 0.1}, "escalate", (1, 0)),
+        ),
     )
     for model, done in (("toy", drawn), ("judge", judged)):
         result = to_result(done, "w")
         assert decode(Result, encode(result)) == result
         record(metrics, model, result, done)
     assert to_result(drawn, "w").images[0].seed == 5
-    assert to_result(judged, "w").predictions[0].probabilities == (0.25, 0.75)
+    [prediction] = to_result(judged, "w").predictions
+    assert (prediction.probabilities, prediction.decision, prediction.prediction_set) == (
+        (0.25, 0.75),
+        "escalate",
+        (1, 0),
+    )
 
     def value(name: str, **labels: str) -> float | None:
         return metrics.registry.get_sample_value(name, labels)
@@ -69,4 +76,6 @@ def test_answers_survive_the_wire_and_are_counted() -> None:
     assert value("offramp_images_total", model="judge", mode="single") == 1
     assert value("offramp_jobs_total", model="judge", outcome="ok") == 1
     assert value("offramp_predictive_entropy_nats_sum", model="judge", method="single") == 0.5
+    assert value("offramp_decisions_total", model="judge", method="single", decision="escalate") == 1
+    assert value("offramp_decisions_total", model="judge", method="single", decision="accept") is None
     assert value("offramp_disagreement_nats_sum", model="judge", method="single") == 0.1

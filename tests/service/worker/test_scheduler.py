@@ -29,7 +29,8 @@ arrivals = st.lists(
     st.tuples(
         st.integers(0, 6),  # the tick it comes in
         st.integers(1, 9),  # rows
-        st.integers(0, 4),  # evaluations
+        st.integers(0, 4),  # evaluations at most
+        st.integers(1, 5),  # the evaluation after which it needs no more
         st.integers(-1, 20) | st.just(10_000),  # ticks until its deadline
         st.none() | st.integers(0, 8),  # the tick in which its lease is lost
     ),
@@ -39,11 +40,13 @@ arrivals = st.lists(
 
 @given(capacity=st.integers(1, 6), arrivals=arrivals)
 def test_every_job_leaves_exactly_once_and_no_slot_is_shared(
-    capacity: int, arrivals: list[tuple[int, int, int, int, int | None]]
+    capacity: int, arrivals: list[tuple[int, int, int, int, int, int | None]]
 ) -> None:
     scheduler = Scheduler(capacity)
-    jobs = {delivery(draw(rows), deadline): (tick, evals, lost) for tick, rows, evals, deadline, lost in arrivals}
-    evaluations = {job.attempt: evals for job, (_, evals, _) in jobs.items()}
+    jobs, evaluations, enough = {}, {}, {}
+    for tick, rows, evals, early, deadline, lost in arrivals:
+        job = delivery(draw(rows), deadline)
+        jobs[job], evaluations[job.attempt], enough[job.attempt] = (tick, lost), evals, early
     left: Counter[str] = Counter()
     held: dict[int, tuple[str, int]] = {}
     had: Counter[tuple[str, int]] = Counter()
@@ -53,7 +56,7 @@ def test_every_job_leaves_exactly_once_and_no_slot_is_shared(
             del held[slot]
 
     for tick in range(400):
-        for job, (arrival, _, lost) in jobs.items():
+        for job, (arrival, lost) in jobs.items():
             if arrival == tick:
                 scheduler.add(job, tick)
             if lost is not None and arrival + lost == tick and scheduler.drop(job.attempt):
@@ -74,14 +77,15 @@ def test_every_job_leaves_exactly_once_and_no_slot_is_shared(
         assert len(set(batch)) == len(batch)
         for slot in batch:
             had[held[slot]] += 1
-        scheduler.stepped(batch)
+        scheduler.stepped(batch, {slot for slot in batch if had[held[slot]] >= enough[held[slot][0]]})
         for slots in scheduler.finished().values():
             outputs = [held.pop(slot) for slot in slots]
             for done in scheduler.collected(slots, outputs):
                 left[done.attempt] += 1
                 rows = done.delivery.job.work.rows
                 assert done.rows() == [(done.attempt, index) for index in range(rows)]
-                assert all(had[done.attempt, index] == evaluations[done.attempt] for index in range(rows))
+                needed = min(evaluations[done.attempt], enough[done.attempt])
+                assert all(had[done.attempt, index] == needed for index in range(rows))
         assert scheduler.free_rows() <= capacity - len(held)
         if tick > 6 and not scheduler.jobs:
             break
@@ -133,6 +137,17 @@ def test_new_rows_join_rows_in_mid_run() -> None:
     admit_all(scheduler, 0, evaluations=1)
     assert scheduler.batch() == [0, 1, 2]
     assert len(scheduler.owners([0, 1, 2])) == 2
+
+
+def test_a_row_that_finishes_early_leaves_its_job_and_its_slot_at_once() -> None:
+    scheduler = Scheduler(3)
+    scheduler.add(delivery(draw(rows=3)), 0)
+    admit_all(scheduler, 0, evaluations=4)
+    scheduler.stepped(scheduler.batch(), {1})
+    [slots] = scheduler.finished().values()
+    assert slots == [1]
+    assert scheduler.collected(slots, ["early"]) == []
+    assert (scheduler.batch(), scheduler.free_rows()) == ([0, 2], 1)
 
 
 def test_expired_job_gives_its_slots_back_in_the_same_tick() -> None:

@@ -1,7 +1,7 @@
 """A torch-free Task: a row's pixels depend on its seed and on the evaluations it had, and on nothing else.
 
-Labels make trouble: REFUSED is a user's mistake; BAD_ADMIT, BAD_STEP, BAD_COLLECT raise in that verb, BAD_PIXELS
-cannot be encoded.
+A row labelled EARLY needs one evaluation, whatever it was admitted with. Labels make trouble: REFUSED is
+a user's mistake; BAD_ADMIT, BAD_STEP, BAD_COLLECT raise in that verb, BAD_PIXELS cannot be encoded.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from models.api import (
 )
 
 DEPTH = 4
+EARLY = 4
 REFUSED, BAD_ADMIT, BAD_STEP, BAD_COLLECT, BAD_PIXELS = 5, 6, 7, 8, 9
 FULL = Gear("full", ExitSchedule((1.0,), (DEPTH,)), "ddim", 5, 1.0)
 
@@ -86,8 +87,8 @@ class ToyGenerate:
                 raise Trouble("step")
             self.rows[slot] = (seed, label, done + 1)
             self.evaluated.append((seed, done))
-        rows = len(slots)
-        return StepStats(rows, 0, waiting, rows * DEPTH, rows * DEPTH, {(0, DEPTH): rows})
+        rows, early = len(slots), frozenset(slot for slot in slots if self.rows[slot][1] == EARLY)
+        return StepStats(rows, 0, waiting, early, rows * DEPTH, rows * DEPTH, {(0, DEPTH): rows})
 
     def collect(self, slots: Sequence[int]) -> Sequence[GeneratedRow]:
         return [self._row(slot) for slot in slots]

@@ -1,0 +1,111 @@
+"""What the served methods answer on a split, in one pass; and the calibration that is fitted from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.bridge.sample import run_bridge
+from models.tasks.classifier import Classifier, to_pixels
+from models.tasks.classify import running_costs
+from models.tasks.contracts import Calibration
+from models.training.data import Split
+from models.uncertainty.cascade import combine
+from models.uncertainty.conformal import uniforms
+from models.uncertainty.contract import ABSTAIN_SHARE, TARGET, Answers, Contract, choose_rule
+from models.uncertainty.decision import Target
+from models.uncertainty.router import Router, Terms
+from models.uncertainty.router import fit as fit_router
+from models.uncertainty.scores import (
+    against_source,
+    among_members,
+    as_uncertainty,
+    describe,
+    energy,
+    log_softmax,
+    mean_log_probability,
+    soften,
+)
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """Of a split's rows: labels and draws (N,), logits of the members (N, M, K), calibrated probabilities by method."""
+
+    labels: NDArray[np.int64]
+    u: Floats
+    logits: Floats
+    p: dict[str, Floats]
+
+    def answers(self, method: str) -> Answers:
+        """One method's, with what fitting needs."""
+        return Answers(self.p[method], self.labels, self.u)
+
+    def cascaded(self, router: Router, terms: Terms) -> tuple[Outputs, NDArray[np.bool_]]:
+        """The same with `cascade` at one operating point, and the rows (N,) that it escalates."""
+        escalated = router.urgency(self.p["bridge"]) >= terms.least
+        answer = combine(self.p["bridge"], self.p["ensemble"], escalated)
+        return replace(self, p={**self.p, "cascade": answer}), escalated
+
+    def scores(self, method: str) -> dict[str, Floats]:
+        """Every uncertainty that a method can give (N,), turned so that more is more uncertain.
+
+        `energy` is that of the source's own logits, and stands with `single`.
+        """
+        p, source = self.p[method], self.p["single"]
+        found = describe(p, 1.0)
+        del found["temperature"]
+        found |= {"energy": energy(self.logits[:, 0])} if method == "single" else against_source(p, source)
+        if method == "ensemble":
+            found |= among_members(log_softmax(self.logits))
+        return {name: as_uncertainty(name, values) for name, values in found.items()}
+
+
+@torch.inference_mode()
+def run(classifier: Classifier, split: Split, batch: int = 1000) -> Outputs:
+    """Every method on every row, the source's tap shared as in service."""
+    source, bridge = classifier.members[0], classifier.bridge
+    logits, estimates = [], []
+    for i in range(0, len(split), batch):
+        x = to_pixels(split.images[i : i + batch])
+        tap = source.tap(x)
+        own = source.fc(source.features(tap))
+        logits.append(torch.stack([own, *(member(x) for member in classifier.members[1:])], 1).double().numpy())
+        if bridge is not None:
+            carried = run_bridge(bridge.network, tap, own, bridge.evaluations, bridge.softening)
+            estimates.append(carried.double().numpy())
+    z = np.concatenate(logits)
+    log_p = log_softmax(z)
+    p = {
+        "single": soften(log_p[:, 0], classifier.temperatures["single"]),
+        "ensemble": soften(mean_log_probability(log_p), classifier.temperatures["ensemble"]),
+    }
+    if bridge is not None:
+        p["bridge"] = soften(log_softmax(np.concatenate(estimates)), bridge.temperature)
+    return Outputs(split.labels, uniforms(image.tobytes() for image in split.images), z, p)
+
+
+def calibrate(
+    classifier: Classifier,
+    selection: Outputs,
+    conformal: Outputs,
+    target: Target = TARGET,
+    abstain_share: float = ABSTAIN_SHARE,
+) -> Calibration:
+    """Decisions from the selection half of validation, sets from the conformal half; the rule of sets is one for all
+    methods, chosen on the selection half with the best method at hand."""
+    rule = choose_rule(selection.answers("ensemble"))
+    methods = {
+        name: Contract.fit(selection.answers(name), conformal.answers(name), rule, target, abstain_share)
+        for name in selection.p
+    }
+    if classifier.bridge is None:
+        return Calibration(methods)
+    halves = [(half.answers("bridge"), half.answers("ensemble")) for half in (selection, conformal)]
+    costs = running_costs(classifier.costs())
+    return Calibration(methods, fit_router(halves[0], halves[1], costs, rule, target, abstain_share))
