@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import finish, ratio, side_by_side, spread, table
+from benchmarks.common import finish, ratio, spread, table
 from models.api import GenerateWork
 from models.backends.auto import Probe
 from models.backends.interface import Backend, BackendUnavailable, Setup
 from models.evaluation.generate import run_work
+from models.evaluation.turns import alternate
 from models.registry import BACKENDS, resolve
 from models.store import ZOO
 from models.tasks.device import pick_device
@@ -55,7 +56,7 @@ def own_bits(backend: Backend, probe: Probe) -> bool:
 
 def network(built: Mapping[str, Backend], probe: Probe) -> dict[str, Any]:
     """Gains on one probe."""
-    seconds = side_by_side({name: partial(probe.run, backend) for name, backend in built.items()}, REPEATS)
+    seconds = alternate({name: partial(probe.run, backend) for name, backend in built.items()}, REPEATS)
     expected = probe.run(built["eager"])[1]
     errors = {name: probe.run(b)[1].sub(expected).abs().max() / expected.abs().max() for name, b in built.items()}
     return {
@@ -78,7 +79,7 @@ def images(task: GenerateTask, built: Mapping[str, Backend], guidance: float) ->
         task.backend = backend
         run_work(task, work)
 
-    seconds = side_by_side({name: partial(draw, backend) for name, backend in built.items()}, REPEATS)
+    seconds = alternate({name: partial(draw, backend) for name, backend in built.items()}, REPEATS)
     return {"guidance": guidance, "gain": {name: ratio(seconds["eager"], seconds[name]) for name in built}}
 
 

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_step import SOLVERS, mixed
-from benchmarks.common import finish, ratio, setup, side_by_side, table
+from benchmarks.common import finish, ratio, setup, table
 from models.api import GenerateWork
+from models.evaluation.turns import alternate
 from models.store import ZOO
 from models.tasks.generate import GenerateTask
 from models.tasks.generator import load
@@ -33,7 +34,7 @@ from service.metrics import WorkerMetrics
 from service.protocol import Delivery, GenerateJob
 from service.worker.engine import Engine
 
-SLOTS, REQUESTS = 16, 64
+SLOTS, REQUESTS, REPEATS = 16, 64, 5
 SHORT_REQUESTS, SHORT_STEPS = 10_000, 2
 
 
@@ -75,12 +76,13 @@ def capacity(task: GenerateTask) -> dict[str, Any]:
     """Requests per second of each way relative to static batches."""
     full = [mixed(i, "full") for i in range(REQUESTS)]
     balanced = [mixed(i, "balanced") for i in range(REQUESTS)]
-    seconds = side_by_side(
+    seconds = alternate(
         {
             "static, full": partial(static, task, full),
             "continuous, full": partial(continuous, task, full),
             "continuous, balanced": partial(continuous, task, balanced),
-        }
+        },
+        REPEATS,
     )
     base = seconds["static, full"]
     found: dict[str, Any] = {name: ratio(base, values) for name, values in seconds.items()}

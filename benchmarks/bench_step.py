@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 
 import models.tasks.generate as engine
-from benchmarks.common import finish, ratio, setup, side_by_side, spread, table
+from benchmarks.common import finish, ratio, setup, spread, table
 from models.api import GenerateWork
 from models.backends.interface import Backend
 from models.evaluation.generate import balanced_work, run_work
+from models.evaluation.turns import alternate
 from models.store import ZOO
 from models.tasks.generator import load
 from service.metrics import WorkerMetrics
@@ -105,7 +106,7 @@ def strategies(task: Task, batch: int) -> dict[str, Any]:
         "one at a time": partial(tick, task, [[slot] for slot in slots]),
     }
     uniform = {f"depth {depth}": partial(tick_at, task, slots, depth) for depth in sorted(set(depths))}
-    seconds = side_by_side(runs | uniform, REPEATS)
+    seconds = alternate(runs | uniform, REPEATS)
     full = seconds["full depth"]
     ideal = np.mean([seconds[f"depth {depth}"] for depth in depths], axis=0)
     idle = max(steps) / (sum(steps) / batch)
@@ -123,7 +124,7 @@ def strategies(task: Task, batch: int) -> dict[str, Any]:
 def gears(task: Task, batch: int) -> list[dict[str, Any]]:
     """Throughput of every gear relative to `full`: same solver, steps, guidance."""
     jobs = {g.name: balanced_work(task, g, 0, batch, 0, steps=GEAR_STEPS) for g in task.info.gears}
-    seconds = side_by_side({name: partial(run_work, task, work) for name, work in jobs.items()})
+    seconds = alternate({name: partial(run_work, task, work) for name, work in jobs.items()}, REPEATS)
     evals = {name: run_work(task, work)[1] for name, work in jobs.items()}
     return [
         {

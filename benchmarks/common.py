@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating repeats, ratios with their spread, a table, a last line of JSON."""
+"""What the benchmarks share: ratios with their spread, a table, a last line of JSON."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import json
 import os
 import platform
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -29,21 +26,9 @@ class Ratio:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def side_by_side(runs: Mapping[str, Callable[[], Any]], repeats: int = REPEATS) -> dict[str, list[float]]:
-    """Seconds of each run in each repeat; every repeat runs them all in turn, the first repeat is not kept."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            if repeat:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
 def spread(values: Sequence[float]) -> Ratio:
     """Median and range."""
-    return Ratio(statistics.median(values), min(values), max(values))
+    return Ratio(float(statistics.median(values)), float(min(values)), float(max(values)))
 
 
 def ratio(mine: Sequence[float], base: Sequence[float]) -> Ratio:

@@ -7,7 +7,6 @@ the selection half of validation, on the averaged probabilities; the test set is
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from models.backbones.resnet import ResNet
 from models.bridge.process import TEMPERATURE
 from models.bridge.sample import run_bridge
 from models.evaluation.metrics import accuracy, brier, deep_ensemble_equivalent, ece
+from models.evaluation.turns import alternate
 from models.store import read_config
 from models.tasks.classifier import bridge_folder, load_bridge_network, load_classifier, load_members, to_pixels
 from models.tasks.classify import ClassifyTask
@@ -147,14 +147,7 @@ def calibrate(ensemble: Path, selection: Split) -> dict[str, float]:
 
 def measure_times(runs: dict[str, Callable[[], Any]], repeats: int = 15) -> dict[str, float]:
     """Seconds of each, the fastest of turns that alternate, so that neighbours on the machine matter little."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            if repeat:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: min(values) for name, values in seconds.items()}
+    return {name: float(values.min()) for name, values in alternate(runs, repeats).items()}
 
 
 @torch.inference_mode()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from models.backbones.interface import Backbone
 from models.evaluation.generate import balanced_work, run_work
+from models.evaluation.turns import alternate
 from models.tasks.generate import GenerateTask
 
 Floats = NDArray[np.float64]
@@ -29,18 +29,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def alternate(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Floats]:
-    """Seconds of each run, (repeats,) each, taking turns so that all meet the same machine; a first turn warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            if repeat:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: np.array(values) for name, values in seconds.items()}
 
 
 @dataclass(frozen=True)

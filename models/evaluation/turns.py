@@ -1,0 +1,22 @@
+"""Timing side by side: things to compare take turns, so that all meet the same machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def alternate(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, NDArray[np.float64]]:
+    """Seconds of each run, (repeats,) each, turn by turn; a first turn warms up and is not kept."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if repeat:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: np.array(values) for name, values in seconds.items()}
