@@ -6,6 +6,7 @@ that still need them, `leave` on all. Exits: Moon et al. (ICML 2024); sorted pre
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Pieces(Protocol):
         """hidden (N, T, D) -> network output (N, C or 2 C, H, W)."""
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """Base of diffusion backbones; itself the eager `Pieces`.
 
     Attributes:
@@ -64,33 +65,33 @@ class Backbone(nn.Module):
     learned_variance: bool = False
 
     @classmethod
+    @abstractmethod
     def from_config(cls, network: Mapping[str, Any]) -> Self:
         """Build from the `network` table of a config.json."""
-        raise NotImplementedError
 
+    @abstractmethod
     def condition(self, t: Tensor, label: Tensor) -> Tensor:
         """One-token work: network time t (N,), label (N,) int64 -> (N, M), which the other pieces take."""
-        raise NotImplementedError
 
+    @abstractmethod
     def enter(self, x: Tensor, condition: Tensor) -> tuple[Tensor, ...]:
         """See Pieces."""
-        raise NotImplementedError
 
+    @abstractmethod
     def block(self, index: int, hidden: Tensor, kept: Sequence[Tensor], condition: Tensor) -> Tensor:
         """Block `index` of the network on n rows, (n, T, D) -> (n, T, D)."""
-        raise NotImplementedError
 
     def bypass(self, segment: Segment, hidden: Tensor, kept: Sequence[Tensor]) -> Tensor:
-        """See Pieces."""
-        raise NotImplementedError
+        """See Pieces; by default a dropped block leaves nothing to run."""
+        return hidden
 
+    @abstractmethod
     def leave(self, hidden: Tensor, condition: Tensor) -> Tensor:
         """See Pieces."""
-        raise NotImplementedError
 
+    @abstractmethod
     def frozen_in_exits(self) -> list[nn.Module]:
         """Modules that exit fine-tuning leaves as they are: the time embedder."""
-        raise NotImplementedError
 
     def segment(self, segment: Segment, hidden: Tensor, kept: Sequence[Tensor], condition: Tensor) -> Tensor:
         """See Pieces."""

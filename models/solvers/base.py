@@ -6,6 +6,7 @@ Every process maps its own time to a `Point`; grids.py chooses the points, solve
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -41,7 +42,7 @@ DATA = Point(0.0, 0.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Process:
+class Process(ABC):
     """What all processes share. The fields of each class are the keys of its table in config.json.
 
     `clip` bounds the denoised estimate; `grid` is the model's default grid.
@@ -63,18 +64,18 @@ class Process:
             raise UserError(f"process.clip: must be above 0 or null, got {self.clip}")
 
     @property
+    @abstractmethod
     def lowest(self) -> Point:
         """The least noise above none that grids end at."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def highest(self) -> Point:
         """The most noise that grids by noise level begin at."""
-        raise NotImplementedError
 
+    @abstractmethod
     def at_ratio(self, ratio: float) -> Point:
         """The point with this sigma / alpha."""
-        raise NotImplementedError
 
     def initial(self, first: Point, grid: GridName, by_level: bool) -> float:
         """Standard deviation of the initial state; `by_level` for solvers whose variable is the noise level."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,13 +24,13 @@ TERMINAL = 2.0**-24  # alpha_bar that stands for zero where a finite sigma / alp
 class Continuous(Process):
     """Variance preserving, continuous in u."""
 
+    @abstractmethod
     def at(self, u: float) -> Point:
         """The point at diffusion time u."""
-        raise NotImplementedError
 
+    @abstractmethod
     def beta(self, u: float) -> float:
         """-d ln(alpha^2) / du: squared noise rate of the forward SDE."""
-        raise NotImplementedError
 
     @property
     def lowest(self) -> Point:
