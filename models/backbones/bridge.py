@@ -18,12 +18,17 @@ from models.backbones.resnet import conv
 
 @dataclass(frozen=True)
 class BridgeConfig:
-    """Shape of a bridge. `steps` is T: one learned time vector per step 1..T."""
+    """Shape of a bridge. `steps` is T: one learned time vector per step 1..T.
+
+    `features` > 0: the source's pooled features, that wide, are fed too. `outputs` > 0: so many instead of `classes`.
+    """
 
     tap_channels: int = 24
     classes: int = 10
     steps: int = 5
     logits: bool = False
+    features: int = 0
+    outputs: int = 0
     stem_stride: int = 2
     widths: tuple[int, ...] = (24, 36, 48, 72)
     strides: tuple[int, ...] = (1, 2, 1, 1)
@@ -71,8 +76,9 @@ class BridgeNetwork(nn.Module):
         self.time = nn.ModuleList(nn.Embedding(c.steps + 1, i) for i in inputs)
         self.logits = nn.ModuleList(nn.Linear(c.classes, i) for i in inputs) if c.logits else None
         last = c.widths[-1]
+        self.late = nn.Linear(c.features, last) if c.features else None
         self.mix, self.mix_norm = conv(last, last, 1), nn.BatchNorm2d(last)
-        self.fc = nn.Linear(last, c.classes)
+        self.fc = nn.Linear(last, c.outputs or c.classes)
         for table in self.time:
             nn.init.zeros_(table.weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.fc.weight)
@@ -84,13 +90,16 @@ class BridgeNetwork(nn.Module):
         shape: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in network.items()}
         return cls(BridgeConfig(**shape))
 
-    def forward(self, tap: Tensor, z: Tensor, step: Tensor) -> Tensor:
-        """tap (N, C, H, W), z (N, K) centred logits, step (N,) int64 in 1..T -> u (N, K)."""
+    def forward(self, tap: Tensor, z: Tensor, step: Tensor, features: Tensor | None = None) -> Tensor:
+        """tap (N, C, H, W), z (N, K) centred logits, step (N,) int64 in 1..T, features (N, F) -> u (N, K)."""
         x = F.relu6(self.stem_norm(self.stem(tap)))
         for i, block in enumerate(self.blocks):
             shift = self.time[i](step)
             if self.logits is not None:
                 shift = shift + self.logits[i](z / 3.0)
             x = block(x + shift[:, :, None, None])
-        x = F.relu6(self.mix_norm(self.mix(x)))
-        return self.fc(x.mean(dim=(2, 3)))
+        pooled = F.relu6(self.mix_norm(self.mix(x))).mean(dim=(2, 3))
+        if self.late is not None:
+            assert features is not None
+            pooled = F.relu6(pooled + self.late(features))
+        return self.fc(pooled)
