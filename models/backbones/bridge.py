@@ -20,7 +20,8 @@ from models.backbones.resnet import conv
 class BridgeConfig:
     """Shape of a bridge. `steps` is T: one learned time vector per step 1..T.
 
-    `features` > 0: the source's pooled features, that wide, are fed too. `outputs` > 0: so many instead of `classes`.
+    One block per entry of `widths`, `strides` and `expands`. `features` > 0: the source's pooled features, that wide,
+    are fed too. `outputs` > 0: so many instead of `classes`.
     """
 
     tap_channels: int = 24
@@ -36,15 +37,17 @@ class BridgeConfig:
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expand, 3x3 depthwise, 1x1 project, each with BatchNorm; residual where shapes agree."""
+    """1x1 expand, 3x3 depthwise, 1x1 project, each with BatchNorm; residual where shapes agree.
+
+    `expand` 1 leaves the first out, as MobileNetV2 does: nothing would be expanded.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, expand: int) -> None:
         super().__init__()
         hidden = inputs * expand
+        widen = [conv(inputs, hidden, 1), nn.BatchNorm2d(hidden), nn.ReLU6()] if expand > 1 else []
         self.body = nn.Sequential(
-            conv(inputs, hidden, 1),
-            nn.BatchNorm2d(hidden),
-            nn.ReLU6(),
+            *widen,
             conv(hidden, hidden, 3, stride, groups=hidden),
             nn.BatchNorm2d(hidden),
             nn.ReLU6(),

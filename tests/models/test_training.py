@@ -254,7 +254,9 @@ def test_shipped_recipes_parse():
         "fashion-gears": ExitsRecipe,
         "fashion-ensemble": MembersRecipe,
         "fashion-bridge": BridgeRecipe,
+        "cifar-ensemble": MembersRecipe,
+        "cifar-bridge": BridgeRecipe,
     }
     assert {p.stem for p in folder.glob("*.toml")} == set(kinds)
     for name, kind in kinds.items():
-        assert read_recipe(folder / f"{name}.toml", kind).name.startswith("fashion")
+        assert read_recipe(folder / f"{name}.toml", kind).name.startswith(name.split("-")[0])
