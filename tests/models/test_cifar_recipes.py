@@ -38,7 +38,7 @@ def test_a_member_has_the_published_size():
 
 
 def test_a_bridge_has_the_published_size():
-    """42.7M MACs, 0.396M parameters: ours embed the step before every block, not before every stage (-0.8k)."""
+    """42.7M MACs, 0.396M parameters: ours embed the step before every block, not before every stage (-0.7k)."""
     bridge, tap = BridgeNetwork(BRIDGE.network), torch.zeros(1, 32, 32, 32)
     assert tap.shape[1] == BRIDGE.network.tap_channels
     step, z = torch.ones(1, dtype=torch.int64), torch.zeros(1, 10)
