@@ -20,8 +20,7 @@ from models.backbones.resnet import conv
 class BridgeConfig:
     """Shape of a bridge. `steps` is T: one learned time vector per step 1..T.
 
-    One block per entry of `widths`, `strides` and `expands`. `features` > 0: the source's pooled features, that wide,
-    are fed too. `outputs` > 0: so many instead of `classes`.
+    `features` > 0: the source's pooled features, that wide, are fed too. `outputs` > 0: so many instead of `classes`.
     """
 
     tap_channels: int = 24

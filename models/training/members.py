@@ -21,10 +21,7 @@ from models.training.loop import Optim, train
 
 @dataclass(frozen=True)
 class MembersRecipe:
-    """`offramp train members`. `images`: how many training images the members see.
-
-    Every time anew, `shift`ed by up to so many pixels each way and, with `flip`, mirrored half of the time.
-    """
+    """`offramp train members`. `images`: how many training images the members see."""
 
     name: str
     labels: list[str]

@@ -249,13 +249,13 @@ def test_shipped_recipes_parse():
 
     folder = ZOO.parent / "training" / "recipes"
     kinds = {
+        "cifar-ensemble": MembersRecipe,
+        "cifar-bridge": BridgeRecipe,
         "fashion-dit": DiffusionRecipe,
         "fashion-exits": ExitsRecipe,
         "fashion-gears": ExitsRecipe,
         "fashion-ensemble": MembersRecipe,
         "fashion-bridge": BridgeRecipe,
-        "cifar-ensemble": MembersRecipe,
-        "cifar-bridge": BridgeRecipe,
     }
     assert {p.stem for p in folder.glob("*.toml")} == set(kinds)
     for name, kind in kinds.items():
