@@ -21,7 +21,7 @@ from models.backbones.resnet import ResNet
 from models.tasks.classifier import to_pixels
 from models.training.data import Split
 from models.training.loop import Optim, train
-from models.training.members import epoch_rows, random_shift
+from models.training.members import augment, epoch_rows
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class CurveRecipe:
     ends: tuple[int, ...] = (1, 2)
     optim: Optim = field(default_factory=lambda: Optim(steps=1250, algorithm="sgd", lr=0.05, ema=0.0, clip=5.0))
     shift: int = 0
+    flip: bool = False
     bf16: bool = True
 
 
@@ -58,7 +59,7 @@ def train_curve(start: ResNet, end: ResNet, split: Split, recipe: CurveRecipe, s
         rows = epoch_rows(len(y), recipe.optim.batch, step, seed)
         weights = at(float(torch.rand(())), start, control, end)
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
-            logits = functional_call(control, weights, (random_shift(x[rows], recipe.shift),))
+            logits = functional_call(control, weights, (augment(x[rows], recipe.shift, recipe.flip),))
         return F.cross_entropy(logits.float(), y[rows])
 
     trained = train(control, recipe.optim, loss, out, label=out.name).ema

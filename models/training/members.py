@@ -18,7 +18,6 @@ from models.tasks.classifier import to_pixels
 from models.training.data import Images, Splits
 from models.training.loop import Optim, train
 
-
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -37,6 +36,7 @@ class MembersRecipe:
     images: int = 12_000
     network: ResNetConfig = field(default_factory=ResNetConfig)
     shift: int = 0
+    flip: bool = False
     bf16: bool = True
     seed: int = 0
 
@@ -51,6 +51,15 @@ def random_shift(x: Tensor, most: int) -> Tensor:
     rows = (dy[:, None] + torch.arange(h))[:, None, :, None]
     cols = (dx[:, None] + torch.arange(w))[:, None, None, :]
     return padded[torch.arange(n)[:, None, None, None], torch.arange(x.shape[1])[None, :, None, None], rows, cols]
+
+
+def augment(x: Tensor, shift: int, flip: bool) -> Tensor:
+    """Images (N, C, H, W) shifted by up to `shift` pixels and, with `flip`, half of them mirrored left to right.
+
+    A shift of 4 is the random crop after padding by 4 of He et al. (CVPR 2016).
+    """
+    x = random_shift(x, shift)
+    return torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x) if flip else x
 
 
 def epoch_rows(n: int, batch: int, step: int, seed: int) -> torch.Tensor:
@@ -88,7 +97,7 @@ def train_members(recipe: MembersRecipe, splits: Splits, out: Path) -> dict[str,
 
         def loss(step: int, model: ResNet = model, seed: int = seed) -> Tensor:
             rows = epoch_rows(len(y), recipe.optim.batch, step, seed)
-            batch = random_shift(x[rows], recipe.shift).contiguous(memory_format=torch.channels_last)
+            batch = augment(x[rows], recipe.shift, recipe.flip).contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
                 logits = model(batch)
             return F.cross_entropy(logits.float(), y[rows])

@@ -164,7 +164,12 @@ def write_bridge(
         "name": recipe.name,
         "backbone": "bridge",
         "ensemble": recipe.ensemble,
-        "source": {"file": source, "sha256": ensemble["files"][source], "tap": "first"},
+        "source": {
+            "file": source,
+            "sha256": ensemble["files"][source],
+            "network": ensemble["network"],
+            "tap": "first",
+        },
         "softening": TEMPERATURE,
         "networks": about,
         "serve": {method: entry.entry() for method, entry in served.items()},

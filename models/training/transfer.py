@@ -25,7 +25,7 @@ from models.store import read_config, weights_digest
 from models.tasks.classifier import to_pixels
 from models.tasks.generator import load
 from models.training.data import Images
-from models.training.members import random_shift
+from models.training.members import augment
 from models.training.recipe import RecipeError
 
 CHUNK = 1000
@@ -37,9 +37,10 @@ class Transfer:
     """Rows of a transfer set and where they come from.
 
     `seen`, `held_out`, `generated`: shares of `rows`, by the members' own training images, the other training images,
-    and images that `generator` draws (unguided, `steps` steps of its default gear; `pool` different ones). A share
-    `mixup_share` is mixed up with Beta(`mixup_alpha`) weights; a share `ods_share` moves by `ods_size` (root mean
-    square over pixels) along the gradient of a random member's random mix of probabilities.
+    and images that `generator` draws (unguided, `steps` steps of its default gear; `pool` different ones). Rows are
+    shifted by up to `shift` pixels and, with `flip`, mirrored at random. A share `mixup_share` is mixed up with
+    Beta(`mixup_alpha`) weights; a share `ods_share` moves by `ods_size` (root mean square over pixels) along the
+    gradient of a random member's random mix of probabilities.
     """
 
     rows: int = 150_000
@@ -50,6 +51,7 @@ class Transfer:
     pool: int = 16_000
     steps: int = 15
     shift: int = 2
+    flip: bool = False
     mixup_share: float = 0.5
     mixup_alpha: float = 0.4
     ods_share: float = 0.0
@@ -135,7 +137,8 @@ def build(
         passes = -(-wanted // len(images))
         rows.append(to_pixels(images)[torch.cat([torch.randperm(len(images)) for _ in range(passes)])[:wanted]])
     x = torch.cat(rows)
-    x = mixed_up(random_shift(x[torch.randperm(len(x))], transfer.shift), transfer.mixup_share, transfer.mixup_alpha)
+    x = augment(x[torch.randperm(len(x))], transfer.shift, transfer.flip)
+    x = mixed_up(x, transfer.mixup_share, transfer.mixup_alpha)
     return answered(members, moved(x, members, transfer))
 
 

@@ -251,6 +251,8 @@ def test_shipped_recipes_parse():
 
     folder = ZOO.parent / "training" / "recipes"
     kinds = {
+        "cifar-ensemble": MembersRecipe,
+        "cifar-bridge": BridgeRecipe,
         "fashion-dit": DiffusionRecipe,
         "fashion-exits": ExitsRecipe,
         "fashion-gears": ExitsRecipe,
@@ -265,4 +267,4 @@ def test_shipped_recipes_parse():
         if isinstance(found, StudyRecipe):
             assert all(found.arm(arm, name)[0] in KINDS for arm in found.arms)
         else:
-            assert found.name.startswith("fashion")
+            assert found.name.startswith(name.split("-")[0])

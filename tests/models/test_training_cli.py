@@ -22,12 +22,17 @@ RECIPES = {
     "bridge": 'name = "bri"\nensemble = "ens"\nseeds = 2\npair_teachers = [[0, 1], [0, 2]]\n'
     "[transfer]\nrows = 60\nseen = 0.4\nheld_out = 0.3\ngenerated = 0.3\ngenerator = 'gen'\npool = 12\nsteps = 2\n"
     "ods_share = 0.5\n[network]\ntap_channels = 8\nclasses = 2\nsteps = 2\nfeatures = 32\n"
-    + OPTIM.format("optim") + OPTIM.format("distill") + "[curve]\nbf16 = false\n"
-    + OPTIM.format("curve.optim") + 'algorithm = "sgd"\n',
+    + OPTIM.format("optim")
+    + OPTIM.format("distill")
+    + "[curve]\nbf16 = false\n"
+    + OPTIM.format("curve.optim")
+    + 'algorithm = "sgd"\n',
     "distill": 'name = "stu"\nensemble = "ens"\nseeds = 2\nbf16 = false\n[transfer]\nrows = 60\nods_share = 1.0\n'
     "[network]\nclasses = 2\nwidth = 8\n" + OPTIM.format("optim"),
     "compare": 'kind = "mse"\n[base]\nname = "study"\nensemble = "ens"\nseeds = 2\n[base.transfer]\nrows = 40\n'
-    "[base.network]\ntap_channels = 8\nclasses = 2\n" + OPTIM.format("base.optim") + OPTIM.format("base.distill")
+    "[base.network]\ntap_channels = 8\nclasses = 2\n"
+    + OPTIM.format("base.optim")
+    + OPTIM.format("base.distill")
     + "[arms.as-it-is]\n[arms.late.network]\ntap_channels = 0\nfeatures = 32\n",
 }
 
@@ -59,5 +64,10 @@ def test_trained_in_order_they_serve(data, tmp_path):
     generator = load_generator(out / "gen", 1, "cpu").info
     assert (generator.default_gear, generator.gears[1].schedule.weights) == ("eco", generator.weights)
     assert set(load_classifier(out / "ens", 1, "cpu").info.methods) == {
-        "single", "bridge", "bridges", "bridge_network", "distilled", "ensemble"
+        "single",
+        "bridge",
+        "bridges",
+        "bridge_network",
+        "distilled",
+        "ensemble",
     }
