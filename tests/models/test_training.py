@@ -259,6 +259,7 @@ def test_shipped_recipes_parse():
         "fashion-ensemble": MembersRecipe,
         "fashion-bridge": BridgeRecipe,
         "fashion-bridge-study": StudyRecipe,
+        "fashion-transfer-study": StudyRecipe,
         "fashion-student": DistillRecipe,
     }
     assert {p.stem for p in folder.glob("*.toml")} == set(kinds)
