@@ -7,6 +7,7 @@ never refuses to start for it.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import geometric_mean
@@ -41,29 +42,29 @@ def build(backend: str, parts: Sequence[Part], place: Place) -> tuple[Programs, 
         return eager, f"eager: {backend} is not used: {error}"
 
 
-def make(backend: str, parts: Sequence[Part], place: Place) -> tuple[Programs, str]:
-    """As the backend does it; BackendUnavailable with the reason where it cannot."""
+def make(backend: str, parts: Sequence[Part], place: Place, deadline: float = math.inf) -> tuple[Programs, str]:
+    """As the backend does it; BackendUnavailable with the reason where it cannot, or not by `time.monotonic()`."""
     began = time.monotonic()
     if backend == "eager":
         return {part.name: part.run for part in parts}, "eager: the networks op by op"
     if backend == "compiled":
         check_tools(place.device)
-        programs = in_time(parts, compile_part, place)
+        programs = in_time(parts, compile_part, deadline)
         return programs, f"compiled: torch.compile, {len(parts)} networks in {time.monotonic() - began:.0f} s"
     if backend == "onnx":
         exports = Exports(place)
-        programs = in_time(parts, exports.program, place)
+        programs = in_time(parts, exports.program, deadline)
         took = f"{len(parts)} networks ({exports.made} exported) in {time.monotonic() - began:.1f} s"
         return programs, f"onnx: {exports.provider[0]}, {took}"
     raise BackendUnavailable(f"{backend} runs diffusion backbones only")
 
 
-def in_time(parts: Sequence[Part], make: Callable[[Part], Program], place: Place) -> Programs:
-    """Every part's program; BackendUnavailable when the budget ends before."""
-    programs, deadline = dict[str, Program](), time.monotonic() + place.budget_s
+def in_time(parts: Sequence[Part], make: Callable[[Part], Program], deadline: float) -> Programs:
+    """Every part's program; exports that were made before the time was up are kept for the next start."""
+    programs = dict[str, Program]()
     for part in parts:
         if time.monotonic() > deadline:
-            raise BackendUnavailable(f"{len(programs)} of {len(parts)} networks took all of {place.budget_s:.0f} s")
+            raise BackendUnavailable(f"the time was up after {len(programs)} of {len(parts)} networks")
         programs[part.name] = make(part)
     return programs
 
@@ -86,7 +87,7 @@ def choose(eager: Programs, parts: Sequence[Part], place: Place, measure: Measur
     best, gain, note, verdicts = eager, WORTH_IT, "eager: the networks op by op", []
     for name in RIVALS:
         try:
-            programs, said = make(name, parts, place)
+            programs, said = make(name, parts, place, time.monotonic() + place.budget_s)
             gains = compare(eager, programs, parts, place, measure)
         except Exception as error:  # a rival's trouble is never the model's
             verdicts.append(f"{name}: {error}")
