@@ -238,7 +238,7 @@ def evaluate(ensemble: Path, splits: Splits) -> dict[str, Any]:
         }
         for name, (network, evaluations) in variants(networks).items():
             val, tst = (bridge_log_probabilities(members[0], network, s, evaluations) for s in (selection, test))
-            kind = f"{name.split('-')[0]} x{evaluations}"
+            kind = f"{config['networks'][name.split(' ')[0]]['kind']} x{evaluations}"
             rows.setdefault(kind, []).append(score((val, selection.labels), (tst, test.labels)))
     curve = {k: v.cnll for k, v in ensembles.items()}
     gap = source.cnll - curve[3]
