@@ -39,15 +39,17 @@ class BridgeConfig:
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expand, 3x3 depthwise, 1x1 project, each with BatchNorm; residual where shapes agree."""
+    """1x1 expand, 3x3 depthwise, 1x1 project, each with BatchNorm; residual where shapes agree.
+
+    `expand` 1 leaves the first out, as MobileNetV2 does: nothing would be expanded.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, expand: int) -> None:
         super().__init__()
         hidden = inputs * expand
+        widen = [conv(inputs, hidden, 1), nn.BatchNorm2d(hidden), nn.ReLU6()] if expand > 1 else []
         self.body = nn.Sequential(
-            conv(inputs, hidden, 1),
-            nn.BatchNorm2d(hidden),
-            nn.ReLU6(),
+            *widen,
             conv(hidden, hidden, 3, stride, groups=hidden),
             nn.BatchNorm2d(hidden),
             nn.ReLU6(),
@@ -90,9 +92,7 @@ class BridgeNetwork(nn.Module):
         if inputs:
             self.stem, self.stem_norm = conv(inputs[0], inputs[0], 3, c.stem_stride), nn.BatchNorm2d(inputs[0])
             self.mix, self.mix_norm = conv(last, last, 1), nn.BatchNorm2d(last)
-        self.blocks = nn.ModuleList(
-            InvertedResidual(i, o, s, e) if e else PlainBlock(i, o, s) for i, o, s, e in shapes
-        )
+        self.blocks = nn.ModuleList(InvertedResidual(i, o, s, e) if e else PlainBlock(i, o, s) for i, o, s, e in shapes)
         self.time = nn.ModuleList(nn.Embedding(c.steps + 1, i) for i in inputs)
         self.logits = nn.ModuleList(nn.Linear(c.classes, i) for i in inputs) if c.logits else None
         self.late = nn.Linear(c.features, last) if c.features else None
