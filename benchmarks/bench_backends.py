@@ -93,7 +93,14 @@ def main() -> None:
     device = pick_device("auto")
     task = load(ZOO / "fashion-dit", max(ROWS), str(device))
     depths = {depth for gear in task.info.gears for depth in gear.schedule.depths} | {task.model.depth}
-    setup = Setup(task.model, task.info.weights, tuple(sorted(depths)), max(ROWS), device, given.cache)
+    setup = Setup(
+        task.model,
+        tuple(sorted(depths)),
+        weights=task.info.weights,
+        rows=max(ROWS),
+        device=device,
+        cache=given.cache,
+    )
     built = build(given.backends.split(","), setup)
     found = [network(built, Probe.make(setup, rows)) for rows in ROWS]
     print("Network of a tick: eager's time over the backend's, by network rows\n")

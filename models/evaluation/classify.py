@@ -87,8 +87,8 @@ def bridge_log_probabilities(source: ResNet, network: BridgeNetwork, split: Spli
     parts = []
     for i in range(0, len(split), 1000):
         tap = source.tap(to_pixels(split.images[i : i + 1000]))
-        logits = source.fc(source.features(tap))
-        parts.append(run_bridge(network, tap, logits, evaluations, TEMPERATURE).double().numpy())
+        features = source.features(tap)
+        parts.append(run_bridge(network, tap, source.fc(features), evaluations, TEMPERATURE, features).double().numpy())
     return log_softmax(np.concatenate(parts))
 
 
@@ -113,7 +113,7 @@ class Chosen:
 def choose_bridge(networks: dict[str, nn.Module], ensemble: Path, selection: Split) -> Chosen:
     """Pick the bridge by calibrated NLL on validation; one evaluation unless all its steps are worth their cost.
 
-    Candidates are what a folder can serve: `bridge-<seed>`; regressors and the logit input are scored beside.
+    Candidates are `bridge-<seed>`; regressors and the logit input are scored beside.
     """
     source = load_members(ensemble)[0]
     scores, temperatures = {}, {}
@@ -126,12 +126,16 @@ def choose_bridge(networks: dict[str, nn.Module], ensemble: Path, selection: Spl
     whole = best.replace("x1", f"x{network.config.steps}")
     if scores[best] - scores[whole] > WORTH_MORE_STEPS:
         best, evaluations = whole, network.config.steps
+    entry = {"networks": [best.split(" ")[0]], "evaluations": evaluations, "source_weight": 0.0}
+    tables = {
+        name: {"kind": name.split("-")[0], "network": vars(n.config)}
+        for name, n in networks.items()
+        if isinstance(n, BridgeNetwork)
+    }
     config = {
-        "serve": f"{best.split(' ')[0]}.safetensors",
-        "evaluations": evaluations,
         "softening": TEMPERATURE,
-        "temperature": temperatures[best],
-        "network": vars(network.config),
+        "networks": tables,
+        "serve": {"bridge": entry | {"temperature": temperatures[best]}},
     }
     return Chosen(config, scores)
 
@@ -167,10 +171,11 @@ def time_methods(ensemble: Path, batch: int = 64) -> dict[str, float]:
 
         def bridged(evaluations: int) -> Any:
             tap = members[0].tap(x)
-            logits = members[0].fc(members[0].features(tap))
-            return run_bridge(bridge.network, tap, logits, evaluations, bridge.softening)
+            features = members[0].features(tap)
+            return run_bridge(network, tap, members[0].fc(features), evaluations, bridge.softening, features)
 
-        for evaluations in {1, bridge.network.config.steps}:
+        network = next(iter(bridge.networks.values()))
+        for evaluations in {1, network.config.steps}:
             runs[f"bridge x{evaluations}"] = partial(bridged, evaluations)
     seconds = measure_times(runs)
     return {name: value / seconds["source"] for name, value in seconds.items()}
@@ -181,9 +186,9 @@ def costs_by_row(ensemble: Path) -> dict[str, float]:
     classifier = load_classifier(ensemble)
     costs = {"source": 1.0, "source at T*": 1.0} | {f"DE-{m}": float(m) for m in range(1, len(classifier.members) + 1)}
     if classifier.bridge is not None:
-        light = (classifier.costs()["bridge"] - 1.0) / classifier.bridge.evaluations
-        steps = classifier.bridge.network.config.steps
-        costs |= {"bridge x1": 1 + light, f"bridge x{steps}": 1 + steps * light, "regressor x1": 1 + light}
+        light = (classifier.costs()["bridge"] - 1.0) / len(classifier.plans()["bridge"].calls)
+        steps = next(iter(classifier.bridge.networks.values())).config.steps
+        costs |= {"bridge x1": 1 + light, f"bridge x{steps}": 1 + steps * light, "mse x1": 1 + light}
     return costs
 
 
@@ -229,18 +234,18 @@ def evaluate(ensemble: Path, splits: Splits) -> dict[str, Any]:
     if beside is not None:
         config = read_config(beside, "bridge")
         networks: dict[str, nn.Module] = {
-            n.removesuffix(".safetensors"): load_bridge_network(beside, config, n) for n in config["files"]
+            name: load_bridge_network(beside, config, name) for name in config["networks"]
         }
         for name, (network, evaluations) in variants(networks).items():
             val, tst = (bridge_log_probabilities(members[0], network, s, evaluations) for s in (selection, test))
-            kind = f"{name.split('-')[0]} x{evaluations}"
+            kind = f"{config['networks'][name.split(' ')[0]]['kind']} x{evaluations}"
             rows.setdefault(kind, []).append(score((val, selection.labels), (tst, test.labels)))
     curve = {k: v.cnll for k, v in ensembles.items()}
     gap = source.cnll - curve[3]
     recovered = {
         kind: interval([(source.cnll - s.cnll) / gap for s in scores])
         for kind, scores in rows.items()
-        if kind.startswith(("bridge", "regressor"))
+        if kind.startswith(("bridge", "mse"))
     }
     dee = {kind: interval([deep_ensemble_equivalent(s.cnll, curve) for s in scores]) for kind, scores in rows.items()}
     return {"rows": rows, "dee": dee, "recovered": recovered, "curve": curve}

@@ -76,8 +76,9 @@ def classify(
         config = read_config(folder)
         beside = bridge_folder(folder)
         if beside is not None:
-            served["bridge"] = f"bridge x{read_config(beside)['evaluations']}"
             write_card(beside, table)
+        if classifier.bridge is not None:
+            served["bridge"] = f"bridge x{classifier.bridge.evaluations}"
         write_calibration(folder, classifier, found.calibration)
         config["times"] = {method: round(times[name], 2) for method, name in served.items()}
         write_json(folder / "config.json", config)

@@ -112,7 +112,7 @@ def classify_table(
     rows = []
     for name, scores in result["rows"].items():
         s = mean_score(scores)
-        timed = times.get("bridge x1" if name == "regressor x1" else name, 1.0)
+        timed = times.get("bridge x1" if name == "mse x1" else name, 1.0)
         rows.append(
             [
                 name + (f" ({len(scores)} seeds)" if len(scores) > 1 else ""),

@@ -23,7 +23,7 @@ from models.evaluation.timing import saturation
 from models.store import StoreError, read_json, write_model
 from models.tasks.gears import read_gears, write_gears
 from models.training.diffusion import model_config
-from tests.models.test_classify_task import LABELS, make_zoo
+from tests.models.classifiers import LABELS, make_zoo
 from tests.models.test_generate_task import latent_task
 
 

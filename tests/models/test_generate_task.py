@@ -55,7 +55,7 @@ def make(model, process=PROCESS, gears=GEARS, **more):
         "toy", "generate", ("a", "b", "c"), (28, 28, 1), "w", depth=model.depth, gears=gears, default_gear="eco"
     )
     depths = tuple(sorted({d for gear in gears for d in gear.schedule.depths}))
-    backend = build(Setup(model, "w", depths, 32, torch.device("cpu"), Path("unused")))
+    backend = build(Setup(model, depths, weights="w", rows=32, device=torch.device("cpu"), cache=Path("unused")))
     return GenerateTask(info, model, process, 16, torch.device("cpu"), backend=backend, **more)
 
 
