@@ -114,6 +114,18 @@ def load_bridge(folder: Path, ensemble: dict[str, Any]) -> BridgeModel:
             f"{folder} was trained on another {source['file']} than {ensemble['name']} has: "
             "re-run `offramp train bridge`, or remove the bridge folder"
         )
+    if isinstance(config["serve"], dict):
+        from models.evaluation.ensembles import load_network
+
+        entry = config["serve"]["bridge"]
+        name = entry["networks"][0]
+        return BridgeModel(
+            network=load_network(folder, config, f"{name}.safetensors", config["networks"][name]["network"]),
+            evaluations=entry["evaluations"],
+            softening=config["softening"],
+            temperature=entry["temperature"],
+            sha256=config["files"][f"{name}.safetensors"],
+        )
     return BridgeModel(
         network=load_bridge_network(folder, config, config["serve"]),
         evaluations=config["evaluations"],
