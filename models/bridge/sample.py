@@ -10,8 +10,15 @@ from models.bridge.process import posterior_mean, source
 
 
 @torch.inference_mode()
-def run_bridge(network: BridgeNetwork, tap: Tensor, logits: Tensor, evaluations: int, softening: float) -> Tensor:
-    """Z_0 (N, K) from tap (N, C, H, W) and source logits (N, K).
+def run_bridge(
+    network: BridgeNetwork,
+    tap: Tensor,
+    logits: Tensor,
+    evaluations: int,
+    softening: float,
+    features: Tensor | None = None,
+) -> Tensor:
+    """Z_0 (N, K) from tap (N, C, H, W), source logits (N, K) and, if the network is fed them, features (N, F).
 
     `evaluations` = T walks every step; 1 takes the estimate at the source end at once.
     """
@@ -20,7 +27,7 @@ def run_bridge(network: BridgeNetwork, tap: Tensor, logits: Tensor, evaluations:
         raise ValueError(f"evaluations must be 1 or {steps}, got {evaluations}")
     for n in range(steps, 0, -1):
         at = torch.full((len(z), 1), n)
-        u = network(tap, z, at[:, 0])
+        u = network(tap, z, at[:, 0], features)
         if evaluations == 1:
             return z - u
         z = posterior_mean(z, u, at.float(), steps)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from models.api import ExitSchedule
-from models.evaluation.classify import calibrate, choose_bridge
+from models.evaluation.choose import calibrate, choose_bridge
 from models.solvers.process import Cosine, from_config
 from models.store import read_config, weights_digest, write_json, write_model
 from models.tasks.classifier import load_members
