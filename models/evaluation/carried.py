@@ -42,6 +42,10 @@ class Way:
         """What must run."""
         return [(name, self.evaluations) for name in self.networks]
 
+    def like(self, other: Way) -> bool:
+        """Whether both answer alike, but for a source weight that was rounded."""
+        return self.calls == other.calls and abs(self.source_weight - other.source_weight) < 1e-3
+
     def combine(self, outputs: dict[Call, Floats], source: Floats) -> Floats:
         """Log probabilities (N, K) from those of every call and of the source, (N, K) each."""
         p, w = np.mean([np.exp(outputs[call]) for call in self.calls], 0), self.source_weight
@@ -88,14 +92,15 @@ def by_seed(entries: dict[str, Any]) -> list[tuple[str, int, tuple[str, ...]]]:
 
 @dataclass(frozen=True, eq=False)
 class Carried:
-    """Bridge networks by name, their config entries and softening, and students by name; rows of the table."""
+    """Bridge networks by name, their config entries and softening, and students by name; rows of the table, one way a
+    seed, and by served method its row."""
 
     networks: dict[str, BridgeNetwork]
     entries: dict[str, Any]
     softening: float
     students: dict[str, ResNet]
     rows: dict[str, list[Way]]
-    served: dict[str, Way]
+    served: dict[str, str]
 
     @property
     def calls(self) -> list[Call]:
@@ -107,15 +112,6 @@ class Carried:
         """Networks that predict how the members spread."""
         return [name for name, entry in self.entries.items() if entry["kind"] == "spread"]
 
-    def served_rows(self) -> dict[str, str]:
-        """By served method, the row that runs the same networks, of the nearest source weight."""
-        rows = {}
-        for method, way in self.served.items():
-            same = [(w, row) for row, found in self.rows.items() for w in found if w.calls == way.calls]
-            if same:
-                rows[method] = min(same, key=lambda pair: abs(pair[0].source_weight - way.source_weight))[1]
-        return rows
-
     def run(self, name: str, evaluations: int, x: Tensor, tap: Tensor, late: Tensor, logits: Tensor) -> Tensor:
         """One call on pixels, tap, pooled features and logits of the source: logits (N, K), or (N, 1) of a spread."""
         if name in self.students:
@@ -125,6 +121,16 @@ class Carried:
             last = torch.full((len(x),), network.config.steps)
             return network(tap, softened(logits, self.softening), last, late)
         return run_bridge(network, tap, logits, evaluations, self.softening, late)
+
+
+def served_rows(served: dict[str, Way], rows: dict[str, list[Way]]) -> dict[str, str]:
+    """By served method the row that answers as it does; rows are added for methods that have none."""
+    found = {}
+    for method, way in served.items():
+        same = (name for name, ways in rows.items() if any(way.like(other) for other in ways))
+        found[method] = next(same, f"{method} as served")
+        rows.setdefault(found[method], [way])
+    return found
 
 
 def student_folder(ensemble: Path) -> Path | None:
@@ -163,4 +169,4 @@ def load_carried(ensemble: Path) -> Carried:
         students = {n: load_network(taught, student, f"{n}.safetensors") for n in names}
         rows["student"] = [Way((name,)) for name in names]
         served["distilled"] = Way((student["serve"].removesuffix(".safetensors"),))
-    return Carried(networks, entries, bridge["softening"], students, rows, served)
+    return Carried(networks, entries, bridge["softening"], students, rows, served_rows(served, rows))

@@ -1,7 +1,7 @@
 """Evaluate a classifier: every method raw and calibrated, beside deep ensembles of every size.
 
-Definitions: docs/uncertainty.md, after Ashukha et al. (ICLR 2020) for DEE. Temperatures are fitted on the selection
-half of validation, on the averaged probabilities; the test set is touched by no choice.
+DEE, the deep ensemble equivalent, is after Ashukha et al. (ICLR 2020). Temperatures are fitted on the selection half
+of validation, on the averaged probabilities; the test set is touched by no choice.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def look(pool: list[Any], carried: Carried, split: Split, known: Floats | None =
         late = source.features(tap)
         logits = source.fc(late)
         rest = [logits if m is source else m(x) for m in pool[ran:]]
-        members.append(torch.stack(rest, 1) if rest else logits[:, :0, None].expand(-1, 0, logits.shape[1]))
+        members.append(torch.stack(rest, 1) if rest else torch.empty(len(x), 0, logits.shape[1]))
         for (name, evaluations), parts in outputs.items():
             parts.append(carried.run(name, evaluations, x, tap, late, logits))
     z = {call: torch.cat(parts).double().numpy() for call, parts in outputs.items()}
@@ -117,8 +117,8 @@ def evaluate(
 
     rows = rows_of_ensembles(members, served, scored)
     answered = {
-        name: [Answers(**{k: way.combine(s.calls, s.members[:, 0]) for k, s in seen.items()}) for way in found_ways]
-        for name, found_ways in carried.rows.items()
+        name: [Answers(**{k: way.combine(s.calls, s.members[:, 0]) for k, s in seen.items()}) for way in ways]
+        for name, ways in carried.rows.items()
     }
     rows |= {name: Row([scored(answers) for answers in runs]) for name, runs in answered.items()}
     if found and "cascade" in found.test.p:

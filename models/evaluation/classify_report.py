@@ -70,7 +70,7 @@ def classify_table(made: Evaluation, costs: Mapping[str, Cost], where: dict[str,
 
 def notes(made: Evaluation, costs: Mapping[str, Cost], where: dict[str, str]) -> str:
     """What the tables say of the gaps and of predicted spread, and how to read them."""
-    said = [*bars(made, costs)]
+    said = [*bars(made, costs), *best_line(made, costs)]
     if made.spread:
         said.append(spread_line(made))
     said.append(
@@ -92,11 +92,26 @@ def bars(made: Evaluation, costs: Mapping[str, Cost]) -> list[str]:
         if goal in by_goal and not name.endswith("steps"):
             found = by_goal[goal]
             over = f", 95 % interval [{found['low']:.1%}, {found['high']:.1%}]" if "low" in found else ""
-            paid = f" at {costs[name].macs:.2f}x MACs" if name in costs else ""
+            paid = f" at {paid_for(costs[name])}" if name in costs else ""
             lines.append(
                 f"{name} recovers {found['mean']:.1%} of the gap to {goal}{over} over {found['n']} seeds{paid}."
             )
     return lines
+
+
+def paid_for(cost: Cost) -> str:
+    """MACs, and time at the first batch that was measured."""
+    times = [f" and {cost.times[b]:.2f}x time at batch {b}" for b in BATCHES if b in cost.times]
+    return f"{cost.macs:.2f}x MACs{times[0] if times else ''}"
+
+
+def best_line(made: Evaluation, costs: Mapping[str, Cost]) -> list[str]:
+    """The likeliest of the methods that cost less than two members."""
+    cheap = [name for name in made.recovered if name in costs and costs[name].macs < 2.0]
+    if len(cheap) < 2:
+        return []
+    best = min(cheap, key=lambda name: made.rows[name].summary()["cnll"]["mean"])
+    return [f"Lowest cNLL below the price of two members: {best}, at {paid_for(costs[best])}."]
 
 
 def spread_line(made: Evaluation) -> str:

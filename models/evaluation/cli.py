@@ -76,7 +76,7 @@ def classify(
         print(f"wrote {path}")
     if write:
         write_calibration(folder, classifier, found.calibration)
-        times = {method: round(costs[row].times[BATCHES[0]], 2) for method, row in carried.served_rows().items()}
+        times = {method: round(costs[row].times[BATCHES[0]], 2) for method, row in carried.served.items()}
         times |= {"single": 1.0, "ensemble": round(costs[f"DE-{len(classifier.members)}"].times[BATCHES[0]], 2)}
         write_json(folder / "config.json", {**read_config(folder), "times": times})
         write_card(folder, f"{table}\n\n{more}")

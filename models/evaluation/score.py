@@ -1,6 +1,6 @@
 """One row of a table of methods: its scores on test images, by seed or by subset of a pool of members.
 
-Definitions: docs/uncertainty.md; temperatures are fitted on the selection half of validation, on the averaged
+Temperatures are fitted on the selection half of validation, on the averaged
 probabilities.
 """
 

@@ -16,7 +16,7 @@ class Exact(torch.nn.Module):
         super().__init__()
         self.z0, self.config = z0, BridgeConfig(steps=steps)
 
-    def forward(self, tap, z, step):
+    def forward(self, tap, z, step, features=None):
         return (z - self.z0) / (step[:, None] / self.config.steps)
 
 

@@ -10,7 +10,7 @@ import torch
 from models.backbones.macs import count_macs
 from models.bridge.process import TEMPERATURE
 from models.bridge.sample import run_bridge
-from models.evaluation.carried import Way, load_carried, ways
+from models.evaluation.carried import Way, load_carried, served_rows, ways
 from models.evaluation.classify import compared, evaluate, look, spreads
 from models.evaluation.classify_report import classify_table
 from models.evaluation.costs import Counter, cost_of_cascade, costs_of
@@ -189,6 +189,9 @@ def test_the_cascade_and_its_cost_come_from_the_study(folder, splits, carried):
     assert "DBN x2, corrected recovers" in text
     assert "of the gap to DE-5, 95 % interval [" in text
     assert "Predicted mutual information" in text
+    priced = {**costs_of(counter, [32]), "cascade": cost}
+    cheap = {n: made.rows[n].summary()["cnll"]["mean"] for n in made.recovered if priced[n].macs < 2}
+    assert f"two members: {min(cheap, key=cheap.get)}, at " in text
 
 
 def test_costs_are_counted(carried, folder):
@@ -212,13 +215,19 @@ def test_costs_are_counted(carried, folder):
 
 
 def test_served_ways_are_found_among_the_rows(carried):
-    rows = carried.served_rows()
-    assert rows == {
+    assert carried.served == {
         "bridge": "DBN x1, distilled",
         "bridges": "DBN x2, corrected",
         "bridge_network": "bridge network",
         "distilled": "student",
     }
+
+
+def test_a_served_way_like_no_row_is_a_row_of_its_own():
+    rows = {"DBN x2": [Way(("a", "b"))], "DBN x2, corrected": [Way(("a", "b"), 1, 1 / 6)]}
+    served = {"rounded": Way(("a", "b"), 1, 0.1667), "bridges": Way(("a", "b"), 1, 0.1)}
+    assert served_rows(served, rows) == {"rounded": "DBN x2, corrected", "bridges": "bridges as served"}
+    assert rows["bridges as served"] == [served["bridges"]]
 
 
 def test_taking_the_source_back_gives_the_union_of_two_teacher_sets():
