@@ -15,7 +15,7 @@ SolverName = Literal[
 ]
 GridName = Literal["linspace", "leading", "trailing", "karras", "exponential", "logsnr"]
 ImageFormat = Literal["png", "webp", "npy"]
-MethodName = Literal["single", "bridge", "ensemble", "cascade"]
+MethodName = Literal["single", "bridge", "bridges", "bridge_network", "distilled", "ensemble", "cascade"]
 DecisionName = Literal["accept", "escalate", "abstain"]
 
 SEED_LIMIT = 2**53

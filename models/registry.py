@@ -32,10 +32,13 @@ CODECS = {
     "autoencoder_kl": "models.codecs.autoencoder_kl:load",
 }
 METHODS = {
-    "single": "models.tasks.methods:Single",
-    "bridge": "models.tasks.methods:Bridge",
-    "ensemble": "models.tasks.methods:Ensemble",
-    "cascade": "models.tasks.cascade:Cascade",
+    "single": "models.methods.single:Single",
+    "bridge": "models.methods.bridge:Bridge",
+    "bridges": "models.methods.bridges:Bridges",
+    "bridge_network": "models.methods.bridge_network:CurveBridges",
+    "distilled": "models.methods.distilled:Distilled",
+    "ensemble": "models.methods.ensemble:Ensemble",
+    "cascade": "models.methods.cascade:Cascade",
 }
 BACKENDS = {
     "eager": "models.backends.eager:build",

@@ -27,27 +27,37 @@ class BackendUnavailable(UserError):
     """A backend that cannot work here; the message says why."""
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What a backend is built for.
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where and for what any model's parts are built.
 
     Attributes:
-        backbone: in eval mode, on `device`.
-        weights: digest of its weights.
-        depths: every depth that a row may ask for; segments are cut at these.
+        weights: digest of the model's weights.
         rows: most network rows in a batch (a guided row is two).
+        device: where the model is.
         cache: folder for what a backend makes from the weights; created when needed.
         budget_s: seconds that `auto` may spend on building and measuring.
-        deadline: `time.monotonic()` by which a build must be done.
     """
 
-    backbone: Backbone
     weights: str
-    depths: tuple[int, ...]
     rows: int
     device: torch.device
     cache: Path
     budget_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class Setup(Place):
+    """What a diffusion backend is built for.
+
+    Attributes:
+        backbone: in eval mode, on `device`.
+        depths: every depth that a row may ask for; segments are cut at these.
+        deadline: `time.monotonic()` by which a build must be done.
+    """
+
+    backbone: Backbone
+    depths: tuple[int, ...]
     deadline: float = math.inf
 
     @property

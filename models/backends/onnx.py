@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones.interface import Segment
-from models.backends.interface import TOLERANCE, Backend, BackendUnavailable, Executor, Setup, relative_error
+from models.backends.interface import TOLERANCE, Backend, BackendUnavailable, Executor, Place, Setup, relative_error
 from models.backends.parts import Part, Program, make_programs
 from models.store import sha256
 
@@ -35,15 +35,7 @@ log = logging.getLogger(__name__)
 def build(setup: Setup) -> Backend:
     """Load, or first export, every part. Unavailable without onnxruntime, or an exporter where one is needed."""
     began = time.monotonic()
-    if not importlib.util.find_spec("onnxruntime"):
-        raise BackendUnavailable("the package onnxruntime is not installed: install the extra `cpu` or `gpu`")
-    import onnxruntime
-
     exports, segments = Exports(setup), short_segments(setup)
-    if exports.provider[0] not in onnxruntime.get_available_providers():
-        raise BackendUnavailable(
-            f"onnxruntime has no {exports.provider[0]} here: install onnxruntime-gpu (extra `gpu`)"
-        )
     programs = make_programs(setup, segments, exports.program)
     took = time.monotonic() - began
     note = f"{exports.provider[0]}, {len(programs.programs)} parts ({exports.made} exported) in {took:.1f} s"
@@ -73,10 +65,22 @@ class BadExport(Exception):
 
 
 class Exports:
-    """The exported parts of one network in the cache; `made` counts those that had to be exported."""
+    """The exported parts of one model in the cache; `made` counts those that had to be exported.
 
-    def __init__(self, setup: Setup) -> None:
+    Raises:
+        BackendUnavailable: there is no onnxruntime for the device.
+    """
+
+    def __init__(self, setup: Place) -> None:
+        if not importlib.util.find_spec("onnxruntime"):
+            raise BackendUnavailable("the package onnxruntime is not installed: install the extra `cpu` or `gpu`")
+        import onnxruntime
+
         self.setup, self.provider, self.made = setup, provider_for(setup.device), 0
+        if self.provider[0] not in onnxruntime.get_available_providers():
+            raise BackendUnavailable(
+                f"onnxruntime has no {self.provider[0]} here: install onnxruntime-gpu (extra `gpu`)"
+            )
         self.folder = setup.cache / "onnx" / (setup.weights[:16] or "unnamed")
 
     def program(self, part: Part) -> Program:
@@ -152,7 +156,7 @@ class Exports:
         rows = torch.export.Dim("rows", min=1, max=max(self.setup.rows, 2))
         with _quiet(), torch.no_grad():
             graph = torch.export.export(
-                _Module(part, self.setup.backbone),
+                _Module(part),
                 part.example(2),
                 dynamic_shapes=(tuple({0: rows} for _ in part.inputs),),
                 strict=True,
@@ -208,9 +212,9 @@ class BoundSession:
 class _Module(nn.Module):
     """A part as the exporter wants it."""
 
-    def __init__(self, part: Part, backbone: nn.Module) -> None:
+    def __init__(self, part: Part) -> None:
         super().__init__()
-        self.part, self.backbone = part, backbone
+        self.part, self.network = part, part.network
 
     def forward(self, *tensors: Tensor) -> Sequence[Tensor]:
         return self.part.run(*tensors)

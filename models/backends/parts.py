@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.backbones.interface import Segment
 from models.backends.interface import BackendUnavailable, Setup
@@ -22,7 +22,8 @@ class Part:
     Attributes:
         name: unique in its network, fit for a file name.
         run: the function; `inputs` and `outputs` name its tensors.
-        example: `example(n)` gives inputs of n rows, on the setup's device.
+        example: `example(n)` gives inputs of n rows, where the weights are.
+        network: whose weights `run` reads.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Part:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     example: Callable[[int], tuple[Tensor, ...]]
+    network: nn.Module
 
 
 class Programs:
@@ -113,21 +115,23 @@ def parts(setup: Setup, segments: Sequence[Segment]) -> list[Part]:
             ("t", "label"),
             ("condition",),
             lambda rows: example_rows(setup, rows)[1:],
+            backbone,
         ),
-        Part("enter", backbone.enter, ("x", "condition"), ("hidden", *kept), entering),
+        Part("enter", backbone.enter, ("x", "condition"), ("hidden", *kept), entering, backbone),
     ]
     for segment in segments:
         inputs = ("hidden", "condition", *kept)
-        found.append(Part(_name("segment", segment), _segment(setup, segment), inputs, ("out",), inside))
+        found.append(Part(_name("segment", segment), _segment(setup, segment), inputs, ("out",), inside, backbone))
         if backbone.bypasses:
             inputs = ("rest", *(f"rest_{name}" for name in kept))
-            found.append(Part(_name("bypass", segment), _bypass(setup, segment), inputs, ("out",), beside))
+            found.append(Part(_name("bypass", segment), _bypass(setup, segment), inputs, ("out",), beside, backbone))
     leaving = Part(
         "leave",
         lambda hidden, condition: (backbone.leave(hidden, condition),),
         ("hidden", "condition"),
         ("output",),
         lambda rows: inside(rows)[:2],
+        backbone,
     )
     return [*found, leaving]
 

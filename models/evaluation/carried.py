@@ -20,10 +20,11 @@ from models.bridge.process import source as softened
 from models.bridge.sample import run_bridge
 from models.evaluation.ensembles import load_network
 from models.evaluation.score import Floats
-from models.store import StoreError, model_folders, read_config
-from models.tasks.classifier import bridge_folder
+from models.methods.bridge import without_source
+from models.store import StoreError, read_config
+from models.tasks.classifier import check_source, folder_beside, load_bridge_network
+from models.uncertainty.scores import mean_log_probability
 
-LEAST = 1e-6  # probability of a class after the source was weighted out
 ALONE = {"distilled": "DBN x1, distilled", "mse": "regressor, MSE", "kl": "regressor, KL"}
 KINDS = ("bridge", *ALONE, "pair", "curve")
 Call = tuple[str, int]  # a network and how often it is evaluated; a student runs once
@@ -48,10 +49,8 @@ class Way:
 
     def combine(self, outputs: dict[Call, Floats], source: Floats) -> Floats:
         """Log probabilities (N, K) from those of every call and of the source, (N, K) each."""
-        p, w = np.mean([np.exp(outputs[call]) for call in self.calls], 0), self.source_weight
-        if w:
-            p = np.maximum((p - w * np.exp(source)) / (1.0 - w), LEAST)
-        return np.log(p / p.sum(-1, keepdims=True))
+        mean = mean_log_probability(np.stack([outputs[call] for call in self.calls], 1))
+        return without_source(mean, source, self.source_weight)
 
 
 def ways(entries: dict[str, Any]) -> dict[str, list[Way]]:
@@ -133,32 +132,21 @@ def served_rows(served: dict[str, Way], rows: dict[str, list[Way]]) -> dict[str,
     return found
 
 
-def student_folder(ensemble: Path) -> Path | None:
-    """The folder beside `ensemble` whose students were taught by it; None when there is none."""
-    name = read_config(ensemble, "ensemble")["name"]
-    for folder in model_folders(ensemble.parent):
-        config = read_config(folder)
-        if config.get("kind") == "student" and config.get("ensemble") == name:
-            return folder
-    return None
-
-
 def load_carried(ensemble: Path) -> Carried:
     """All that was trained on an ensemble, from the folders beside it.
 
     Raises:
         StoreError: a bridge folder of another source, or without its `networks`.
     """
-    config, beside, taught = read_config(ensemble, "ensemble"), bridge_folder(ensemble), student_folder(ensemble)
+    beside, taught = folder_beside(ensemble, "bridge"), folder_beside(ensemble, "student")
     bridge: dict[str, Any] = {"networks": {}, "softening": 1.0, "serve": {}}
     if beside:
         bridge = read_config(beside, "bridge")
         if "networks" not in bridge:
             raise StoreError(f"{beside}/config.json has no `networks` table: re-run `offramp train bridge`")
-        if config["files"].get(bridge["source"]["file"]) != bridge["source"]["sha256"]:
-            raise StoreError(f"{beside} was trained on another source than {ensemble}: re-run `offramp train bridge`")
+        check_source(beside, bridge["source"], read_config(ensemble, "ensemble"))
     entries = bridge["networks"]
-    networks = {n: load_network(beside, bridge, f"{n}.safetensors", e["network"]) for n, e in entries.items() if beside}
+    networks = {name: load_bridge_network(beside, bridge, name) for name in entries if beside}
     served = {
         method: Way(tuple(e["networks"]), e["evaluations"], e["source_weight"]) for method, e in bridge["serve"].items()
     }

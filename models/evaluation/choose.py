@@ -42,8 +42,8 @@ def bridge_log_probabilities(source: ResNet, network: BridgeNetwork, split: Spli
     parts = []
     for i in range(0, len(split), 1000):
         tap = source.tap(to_pixels(split.images[i : i + 1000]))
-        logits = source.fc(source.features(tap))
-        parts.append(run_bridge(network, tap, logits, evaluations, TEMPERATURE).double().numpy())
+        features = source.features(tap)
+        parts.append(run_bridge(network, tap, source.fc(features), evaluations, TEMPERATURE, features).double().numpy())
     return log_softmax(np.concatenate(parts))
 
 
@@ -68,7 +68,7 @@ class Chosen:
 def choose_bridge(networks: dict[str, nn.Module], ensemble: Path, selection: Split) -> Chosen:
     """Pick the bridge by calibrated NLL on validation; one evaluation unless all its steps are worth their cost.
 
-    Candidates are what a folder can serve: `bridge-<seed>`; regressors and the logit input are scored beside.
+    Candidates are `bridge-<seed>`; regressors and the logit input are scored beside.
     """
     source = load_members(ensemble)[0]
     scores, temperatures = {}, {}
@@ -81,12 +81,16 @@ def choose_bridge(networks: dict[str, nn.Module], ensemble: Path, selection: Spl
     whole = best.replace("x1", f"x{network.config.steps}")
     if scores[best] - scores[whole] > WORTH_MORE_STEPS:
         best, evaluations = whole, network.config.steps
+    entry = {"networks": [best.split(" ")[0]], "evaluations": evaluations, "source_weight": 0.0}
+    tables = {
+        name: {"kind": name.split("-")[0], "seed": int(name.partition("-")[2] or 0), "network": vars(n.config)}
+        for name, n in networks.items()
+        if isinstance(n, BridgeNetwork)
+    }
     config = {
-        "serve": f"{best.split(' ')[0]}.safetensors",
-        "evaluations": evaluations,
         "softening": TEMPERATURE,
-        "temperature": temperatures[best],
-        "network": vars(network.config),
+        "networks": tables,
+        "serve": {"bridge": entry | {"temperature": temperatures[best]}},
     }
     return Chosen(config, scores)
 

@@ -11,14 +11,14 @@ import typer
 from models.evaluation import classify as classifiers
 from models.evaluation import generate as generators
 from models.evaluation import studies
-from models.evaluation.carried import load_carried, student_folder
+from models.evaluation.carried import load_carried
 from models.evaluation.classify_report import classify_table
 from models.evaluation.costs import BATCHES, Counter, cost_of_cascade, costs_of
 from models.evaluation.report import find, gears_table, provenance, write_card
 from models.evaluation.uncertainty import study
 from models.evaluation.uncertainty_report import draw, report
 from models.store import read_config, write_json
-from models.tasks.classifier import bridge_folder, load_classifier
+from models.tasks.classifier import folder_beside, load_classifier
 from models.tasks.contracts import write_calibration
 from models.training.data import read, splits
 
@@ -80,7 +80,7 @@ def classify(
         times |= {"single": 1.0, "ensemble": round(costs[f"DE-{len(classifier.members)}"].times[BATCHES[0]], 2)}
         write_json(folder / "config.json", {**read_config(folder), "times": times})
         write_card(folder, f"{table}\n\n{more}")
-        for beside in (bridge_folder(folder), student_folder(folder)):
+        for beside in (folder_beside(folder, "bridge"), folder_beside(folder, "student")):
             if beside is not None:
                 write_card(beside, table)
     paid = {name: vars(cost) for name, cost in costs.items()}

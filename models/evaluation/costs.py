@@ -98,6 +98,6 @@ def cost_of_cascade(counter: Counter, classifier: Classifier, found: Study, batc
         return None
     _, escalated = found.test.cascaded(router, router.pick(None))
     share, source = float(escalated.mean()), counter.members[0]
-    held = sum(parameters(m) for m in counter.members) + parameters(classifier.bridge.network)
+    held = sum(parameters(m) for m in [*counter.members, *classifier.bridge.networks.values()])
     macs = running_costs(classifier.costs()).mean(share)
     return Cost(macs, held / parameters(source), {batch: time_cascade(classifier, share, batch)})

@@ -19,9 +19,9 @@ from models.uncertainty.scores import mean_log_probability
 MOST = 70  # subsets of one size; a pool of 8 has no more of any
 
 
-def load_network(folder: Path, config: dict[str, Any], name: str, shape: dict[str, Any] | None = None) -> Any:
-    """A network of a folder by its file, eval mode, float32; of the folder's `network` unless `shape` is given."""
-    network = resolve(BACKBONES, config["backbone"]).from_config(shape or config["network"])
+def load_network(folder: Path, config: dict[str, Any], name: str) -> Any:
+    """A member or student by its file, eval mode, float32."""
+    network = resolve(BACKBONES, config["backbone"]).from_config(config["network"])
     network.load_state_dict(finite(folder / name, read_tensors(folder, name, config["files"])))
     return network.eval().requires_grad_(False)
 

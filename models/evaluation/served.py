@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.bridge.sample import run_bridge
+from models.methods.bridge import without_source
 from models.tasks.classifier import Classifier, to_pixels
 from models.tasks.classify import running_costs
 from models.tasks.contracts import Calibration
@@ -60,7 +61,10 @@ class Outputs:
         p, source = self.p[method], self.p["single"]
         found = describe(p, 1.0)
         del found["temperature"]
-        found |= {"energy": energy(self.logits[:, 0])} if method == "single" else against_source(p, source)
+        if method == "single":
+            found["energy"] = energy(self.logits[:, 0])
+        elif method != "distilled":
+            found |= against_source(p, source)
         if method == "ensemble":
             found |= among_members(log_softmax(self.logits))
         return {name: as_uncertainty(name, values) for name, values in found.items()}
@@ -69,24 +73,33 @@ class Outputs:
 @torch.inference_mode()
 def run(classifier: Classifier, split: Split, batch: int = 1000) -> Outputs:
     """Every method on every row, the source's tap shared as in service."""
-    source, bridge = classifier.members[0], classifier.bridge
-    logits, estimates = [], []
+    source, student = classifier.members[0], classifier.student
+    logits, estimates, distilled = [], {name: list[Floats]() for name in classifier.bridges}, []
     for i in range(0, len(split), batch):
         x = to_pixels(split.images[i : i + batch])
         tap = source.tap(x)
-        own = source.fc(source.features(tap))
+        features = source.features(tap)
+        own = source.fc(features)
         logits.append(torch.stack([own, *(member(x) for member in classifier.members[1:])], 1).double().numpy())
-        if bridge is not None:
-            carried = run_bridge(bridge.network, tap, own, bridge.evaluations, bridge.softening)
-            estimates.append(carried.double().numpy())
+        for name, bridge in classifier.bridges.items():
+            carried = [
+                run_bridge(network, tap, own, bridge.evaluations, bridge.softening, features)
+                for network in bridge.networks.values()
+            ]
+            estimates[name].append(torch.stack(carried, 1).double().numpy())
+        if student is not None:
+            distilled.append(student.network(x).double().numpy())
     z = np.concatenate(logits)
     log_p = log_softmax(z)
     p = {
         "single": soften(log_p[:, 0], classifier.temperatures["single"]),
         "ensemble": soften(mean_log_probability(log_p), classifier.temperatures["ensemble"]),
     }
-    if bridge is not None:
-        p["bridge"] = soften(log_softmax(np.concatenate(estimates)), bridge.temperature)
+    for name, bridge in classifier.bridges.items():
+        mean = mean_log_probability(log_softmax(np.concatenate(estimates[name])))
+        p[name] = soften(without_source(mean, log_p[:, 0], bridge.source_weight), bridge.temperature)
+    if student is not None:
+        p["distilled"] = soften(log_softmax(np.concatenate(distilled)), student.temperature)
     return Outputs(split.labels, uniforms(image.tobytes() for image in split.images), z, p)
 
 

@@ -16,6 +16,7 @@ from models.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from models.evaluation.metrics import auroc, brier
 from models.evaluation.served import Outputs, calibrate, run
 from models.evaluation.turns import measure_times
+from models.registry import METHODS
 from models.tasks.classifier import Classifier
 from models.tasks.classify import running_costs
 from models.tasks.contracts import Calibration
@@ -48,7 +49,7 @@ class Study:
     @property
     def methods(self) -> list[str]:
         """In the order of the tables."""
-        return [name for name in ("single", "bridge", "cascade", "ensemble") if name in self.test.p]
+        return [name for name in METHODS if name in self.test.p]
 
     def contract(self, method: str) -> Contract:
         """As served without options."""
@@ -235,7 +236,9 @@ def time_cascade(classifier: Classifier, share: float, batch: int = 64) -> float
 
     def cascaded() -> None:
         tap = source.tap(x)
-        run_bridge(bridge.network, tap, source.fc(source.features(tap)), bridge.evaluations, bridge.softening)
+        features = source.features(tap)
+        for network in bridge.networks.values():
+            run_bridge(network, tap, source.fc(features), bridge.evaluations, bridge.softening, features)
         for member in classifier.members[1:] if len(urgent) else []:
             member(urgent)
 

@@ -1,11 +1,12 @@
-"""An ensemble folder and its bridge, loaded and checked together."""
+"""An ensemble folder with the bridges and the student beside it, loaded and checked together."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +18,101 @@ from torch import Tensor
 from models.backbones.bridge import BridgeNetwork
 from models.backbones.macs import count_macs
 from models.backbones.resnet import ResNet
-from models.registry import BACKBONES, resolve
+from models.methods.interface import Plan
+from models.registry import BACKBONES, METHODS, resolve
 from models.store import StoreError, model_folders, read_config, read_tensors, weights_digest
+from models.tasks.parts import parts
+
+TAP = "first"
+BRIDGED = ("bridge", "bridges", "bridge_network")  # what a bridge folder may serve
 
 
 @dataclass(frozen=True)
 class BridgeModel:
-    """A served bridge. `evaluations` network calls, logits softened by `softening`, answers by `temperature`."""
+    """A served entry of a bridge folder.
 
-    network: BridgeNetwork
+    Attributes:
+        networks: by name; each carries the source's logits, softened by `softening`, in `evaluations` calls.
+        source_weight: share of the source to take out of their mean probability.
+        temperature: of the answer.
+        digests: of the networks' files.
+    """
+
+    networks: dict[str, BridgeNetwork]
     evaluations: int
+    source_weight: float
     softening: float
+    temperature: float
+    digests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Student:
+    """A network that was distilled from the ensemble, with its answer's temperature and its file's digest."""
+
+    network: ResNet
     temperature: float
     sha256: str
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """Members (the first is the source), temperatures per method, and a bridge when there is one."""
+    """Members (the first is the source), temperatures by method, and what stands beside the ensemble.
+
+    `bridges` are served entries by method, `student` is None where there is none.
+    """
 
     config: dict[str, Any]
     weights: str
     members: list[ResNet]
     temperatures: dict[str, float]
-    bridge: BridgeModel | None
+    bridges: dict[str, BridgeModel] = field(default_factory=dict)
+    student: Student | None = None
+
+    @property
+    def bridge(self) -> BridgeModel | None:
+        """The entry of method `bridge`."""
+        return self.bridges.get("bridge")
+
+    @property
+    def softening(self) -> float:
+        """Temperature of the source's logits where bridges start; 1 without any."""
+        return next((bridge.softening for bridge in self.bridges.values()), 1.0)
+
+    @property
+    def networks_digest(self) -> str:
+        """Digest of every file that is served."""
+        files = [self.config["files"][name] for name in self.config["members"]]
+        files += [digest for bridge in self.bridges.values() for digest in bridge.digests]
+        return _digest(sorted({*files, *([self.student.sha256] if self.student else [])}))
 
     @property
     def fingerprint(self) -> str:
-        """Digest of all that its probabilities depend on: weights, temperatures and the served bridge."""
-        b = self.bridge
-        served = None if b is None else [b.sha256, b.evaluations, b.softening, b.temperature]
-        return hashlib.sha256(json.dumps([self.weights, self.temperatures, served]).encode()).hexdigest()
+        """Digest of all that its probabilities depend on: weights, preprocessing, temperatures, what is served."""
+        bridges = {
+            name: [b.digests, b.evaluations, b.source_weight, b.softening, b.temperature]
+            for name, b in self.bridges.items()
+        }
+        student = self.student and [self.student.sha256, self.student.temperature]
+        return _digest([self.weights, self.config["network"], self.temperatures, bridges, student])
+
+    def plans(self) -> dict[str, Plan]:
+        """What a row of each method runs, at most: every method whose networks are here."""
+        found = {name: resolve(METHODS, name).plan(self) for name in METHODS}
+        return {name: plan for name, plan in found.items() if plan is not None}
 
     def costs(self) -> dict[str, float]:
-        """Conv + linear MACs of each method relative to `single`."""
-        height, width, channels = self.config["image"]
-        x, source = torch.zeros(1, channels, height, width), self.members[0]
-        member = count_macs(source, lambda: source(x))
-        costs = {"single": 1.0, "ensemble": float(len(self.members))}
-        if self.bridge is not None:
-            tap, bridge = source.tap(x), self.bridge
-            z, step = torch.zeros(1, bridge.network.config.classes), torch.ones(1, dtype=torch.int64)
-            light = count_macs(bridge.network, lambda: bridge.network(tap, z, step))
-            costs["bridge"] = 1.0 + bridge.evaluations * light / member
-        return costs
+        """Conv + linear MACs of each method relative to `single`; of `cascade` the most that an image can cost."""
+        macs = self.macs()
+        return {name: plan.cost(macs) for name, plan in self.plans().items()}
+
+    def macs(self) -> dict[str, int]:
+        """Conv + linear MACs of every network on one image."""
+        return {part.name: count_macs(part.network, partial(part.run, *part.example(1))) for part in parts(self)}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def to_pixels(images: NDArray[np.uint8]) -> Tensor:
@@ -88,61 +140,117 @@ def load_members(folder: Path) -> list[ResNet]:
 
 
 def load_bridge_network(folder: Path, config: dict[str, Any], name: str) -> BridgeNetwork:
-    """One network of a bridge folder, eval mode, float32. A regressor is a bridge with one step."""
-    steps = config["network"]["steps"] if name.startswith("bridge") else 1
-    network: BridgeNetwork = resolve(BACKBONES, config["backbone"]).from_config(config["network"] | {"steps": steps})
-    network.load_state_dict(finite(folder / name, read_tensors(folder, name, config["files"])))
+    """One network of a bridge folder, eval mode, float32."""
+    network: BridgeNetwork = resolve(BACKBONES, config["backbone"]).from_config(config["networks"][name]["network"])
+    file = f"{name}.safetensors"
+    network.load_state_dict(finite(folder / file, read_tensors(folder, file, config["files"])))
     return network.eval().requires_grad_(False)
 
 
-def bridge_folder(ensemble: Path) -> Path | None:
-    """The folder beside `ensemble` whose bridge was trained for it; None when there is none."""
+def folder_beside(ensemble: Path, kind: str) -> Path | None:
+    """The folder of this kind beside `ensemble` that was trained for it; None when there is none."""
     name = read_config(ensemble, "ensemble")["name"]
     for folder in model_folders(ensemble.parent):
         config = read_config(folder)
-        if config.get("kind") == "bridge" and config.get("ensemble") == name:
+        if config.get("kind") == kind and config.get("ensemble") == name:
             return folder
     return None
 
 
-def load_bridge(folder: Path, ensemble: dict[str, Any]) -> BridgeModel:
-    """A bridge folder, refused when it was trained on other source weights."""
+def bridge_folder(ensemble: Path) -> Path | None:
+    """The folder of bridges that start from the ensemble's source."""
+    return folder_beside(ensemble, "bridge")
+
+
+def load_bridges(folder: Path, ensemble: dict[str, Any], source: ResNet) -> dict[str, BridgeModel]:
+    """What a bridge folder serves, by method; each network is loaded once.
+
+    Raises:
+        StoreError: bridges of another source, preprocessing or tap; entries that cannot be served.
+    """
     config = read_config(folder, "bridge")
-    source = config["source"]
-    if ensemble["files"].get(source["file"]) != source["sha256"] or ensemble["members"][0] != source["file"]:
+    try:
+        check_source(folder, config["source"], ensemble)
+        names = dict.fromkeys(name for entry in config["serve"].values() for name in entry["networks"])
+        networks = {name: load_bridge_network(folder, config, name) for name in names}
+        for name, network in networks.items():
+            check_shape(folder, name, network, source)
+        return {name: served(folder, name, config, networks) for name in config["serve"]}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{folder}/config.json: missing or malformed: {error!r}; train the bridges again") from error
+
+
+def check_source(folder: Path, source: dict[str, Any], ensemble: dict[str, Any]) -> None:
+    """Refuse bridges of other weights, of other preprocessing where they say theirs, or of another tap."""
+    same = ensemble["files"].get(source["file"]) == source["sha256"] and ensemble["members"][0] == source["file"]
+    if not same or source.get("network", ensemble["network"]) != ensemble["network"]:
         raise StoreError(
             f"{folder} was trained on another {source['file']} than {ensemble['name']} has: "
             "re-run `offramp train bridge`, or remove the bridge folder"
         )
-    if isinstance(config["serve"], dict):
-        from models.evaluation.ensembles import load_network
+    if source.get("tap", TAP) != TAP:
+        raise StoreError(f"{folder}/config.json: source.tap is {source['tap']!r}, a source's tap here is {TAP!r}")
 
-        entry = config["serve"]["bridge"]
-        name = entry["networks"][0]
-        return BridgeModel(
-            network=load_network(folder, config, f"{name}.safetensors", config["networks"][name]["network"]),
-            evaluations=entry["evaluations"],
-            softening=config["softening"],
-            temperature=entry["temperature"],
-            sha256=config["files"][f"{name}.safetensors"],
-        )
+
+def check_shape(folder: Path, name: str, network: BridgeNetwork, source: ResNet) -> None:
+    """Refuse a network that does not fit the source, or that predicts something else than logits."""
+    c, width, classes = network.config, source.config.width, source.fc.out_features
+    wanted = {"tap_channels": width, "classes": classes, "features": source.fc.in_features if c.features else 0}
+    for key, value in wanted.items():
+        if getattr(c, key) != value:
+            raise StoreError(f"{folder}/config.json: {name} has {key} {getattr(c, key)}, the source needs {value}")
+    if c.outputs not in (0, classes):
+        raise StoreError(f"{folder}/config.json: {name} has {c.outputs} outputs, only {classes} logits can be served")
+
+
+def served(folder: Path, method: str, config: dict[str, Any], networks: dict[str, BridgeNetwork]) -> BridgeModel:
+    """Entry `method` of a bridge folder's `serve`."""
+    entry, where = config["serve"][method], f"{folder}/config.json: serve.{method}"
+    if method not in BRIDGED:
+        raise StoreError(f"{where}: a bridge folder serves {', '.join(BRIDGED)}")
+    own = {name: networks[name] for name in entry["networks"]}
+    for name, network in own.items():
+        if entry["evaluations"] not in (1, network.config.steps):
+            raise StoreError(f"{where}: evaluations must be 1 or {network.config.steps}, what {name} was trained for")
+    if not own or len(own) < len(entry["networks"]):
+        raise StoreError(f"{where}: networks must be one or more, each once")
+    if not entry["source_weight"] < 1.0 or not entry["temperature"] > 0.0:
+        raise StoreError(f"{where}: source_weight must be below 1, temperature above 0")
     return BridgeModel(
-        network=load_bridge_network(folder, config, config["serve"]),
-        evaluations=config["evaluations"],
+        networks=own,
+        evaluations=entry["evaluations"],
+        source_weight=entry["source_weight"],
         softening=config["softening"],
-        temperature=config["temperature"],
-        sha256=config["files"][config["serve"]],
+        temperature=entry["temperature"],
+        digests=tuple(config["files"][f"{name}.safetensors"] for name in own),
     )
 
 
+def load_student(folder: Path, ensemble: dict[str, Any]) -> Student:
+    """A student folder; StoreError where its images or labels are not the ensemble's."""
+    config = read_config(folder, "student")
+    try:
+        for key in ("labels", "image"):
+            if config[key] != ensemble[key]:
+                raise StoreError(f"{folder}/config.json: {key} is not that of {ensemble['name']}: distil it again")
+        file, temperature = config["serve"], float(config["temperature"])
+        network: ResNet = resolve(BACKBONES, config["backbone"]).from_config(config["network"])
+        sha256 = config["files"][file]
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"{folder}/config.json: missing or malformed: {error!r}; distil it again") from error
+    network.load_state_dict(finite(folder / file, read_tensors(folder, file, config["files"])))
+    return Student(network.eval().requires_grad_(False), temperature, sha256)
+
+
 def load_classifier(folder: Path) -> Classifier:
-    """An ensemble folder with the bridge beside it."""
-    config = read_config(folder, "ensemble")
-    beside = bridge_folder(folder)
+    """An ensemble folder with the bridges and the student beside it."""
+    config, members = read_config(folder, "ensemble"), load_members(folder)
+    bridges, student = folder_beside(folder, "bridge"), folder_beside(folder, "student")
     return Classifier(
         config=config,
         weights=weights_digest(config["files"]),
-        members=load_members(folder),
+        members=members,
         temperatures=config.get("temperatures", {"single": 1.0, "ensemble": 1.0}),
-        bridge=load_bridge(beside, config) if beside else None,
+        bridges=load_bridges(bridges, config, members[0]) if bridges else {},
+        student=load_student(student, config) if student else None,
     )

@@ -1,6 +1,6 @@
 """/classify: rows of every method over one pool of slots.
 
-Admission runs the source on all new rows at once (tap and logits, shared by every method); a tick then
+Admission runs the source on all new rows at once (tap, features and logits, shared by every method); a tick then
 makes one network call for every row that has one to come.
 """
 
@@ -15,12 +15,16 @@ import numpy as np
 import torch
 
 from models.api import ClassifiedRow, ClassifyWork, ModelInfo, Runtime, StepStats, UserError
+from models.backbones.folding import fold
+from models.backends.independent import Programs, build
+from models.backends.interface import Place
+from models.bridge.process import source
+from models.methods.interface import SOURCE, Answer, Call, Method, Slots
 from models.registry import METHODS, resolve
-from models.store import read_config
-from models.tasks.classifier import Classifier, load_classifier, to_pixels
+from models.tasks.classifier import BRIDGED, Classifier, load_classifier, to_pixels
 from models.tasks.contracts import Calibration, read_calibration
 from models.tasks.device import pick_device
-from models.tasks.methods import Answer, Method, Slots
+from models.tasks.parts import parts
 from models.uncertainty.cascade import Costs
 from models.uncertainty.conformal import uniforms
 from models.uncertainty.contract import decision_rule, set_rule
@@ -28,29 +32,32 @@ from models.uncertainty.router import Terms
 
 
 class ClassifyTask:
-    """A classifier and its pool of `capacity` slots; see models.api.Task for the contract."""
+    """A classifier and its pool of `capacity` slots; see models.api.Task for the contract, Rows for the pool."""
 
     def __init__(
         self,
         info: ModelInfo,
         classifier: Classifier,
         calibration: Calibration,
+        networks: Programs,
         capacity: int,
         device: torch.device,
     ) -> None:
-        self.info, self.capacity, self.device = info, capacity, device
-        self.source = classifier.members[0]
+        self.info, self.capacity, self.device, self.networks = info, capacity, device, networks
         self.methods: dict[str, Method] = {
             name: resolve(METHODS, name)(classifier, calibration) for name in info.methods
         }
-        self.costs = running_costs(info.methods)
+        self.plans = {name: plan for name, plan in classifier.plans().items() if name in info.methods}
+        self.costs, self.softening = running_costs(info.methods), classifier.softening
         height, width, channels = info.image
-        example = torch.zeros(1, channels, height, width, device=self.device)
-        tap, classes = self.source.tap(example), len(info.labels)
-        self.pixels = torch.zeros(capacity, channels, height, width, device=self.device)
-        self.taps = torch.zeros(capacity, *tap.shape[1:], device=self.device)
-        self.logits = torch.zeros(capacity, len(classifier.members), classes, device=self.device)
-        self.z = torch.zeros(capacity, classes, device=self.device)
+        self.pixels = torch.zeros(capacity, channels, height, width, device=device)
+        with torch.inference_mode():
+            tap, features, logits = networks[SOURCE](self.pixels[:1])
+        columns = max((len(bridge.networks) for bridge in classifier.bridges.values()), default=0)
+        self.taps = torch.zeros(capacity, *tap.shape[1:], device=device)
+        self.features = torch.zeros(capacity, *features.shape[1:], device=device)
+        self.logits = torch.zeros(capacity, len(classifier.members), *logits.shape[1:], device=device)
+        self.z = torch.zeros(capacity, columns, *logits.shape[1:], device=device)
         self.method, self.terms = [""] * capacity, [Terms()] * capacity
         self.alpha, self.draw = np.full(capacity, np.nan), np.zeros(capacity)
         self.done = np.zeros(capacity, np.int64)
@@ -58,30 +65,42 @@ class ClassifyTask:
     @torch.inference_mode()
     def admit(self, work: ClassifyWork, indices: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
         """The source's forward on the new rows; UserError names max_cost or images when they cannot be served."""
-        method = self.methods[work.method]
-        terms, shape = method.terms(work.max_cost), self.info.image
+        plan, terms, shape = self.plans[work.method], self.methods[work.method].terms(work.max_cost), self.info.image
         for i in indices:
             if len(work.images[i]) != math.prod(shape):
                 raise UserError(f"image {i} has {len(work.images[i])} bytes, {self.info.name} takes {shape}", "images")
         images = np.stack([np.frombuffer(work.images[i], np.uint8).reshape(shape) for i in indices])
-        at = torch.as_tensor(slots, device=self.device)
-        self.pixels[at] = to_pixels(images).to(self.device)
-        self.taps[at] = self.source.tap(self.pixels[at])
-        self.logits[at, 0] = self.source.fc(self.source.features(self.taps[at]))
+        self.pixels[torch.as_tensor(slots, device=self.device)] = to_pixels(images).to(self.device)
         self.done[list(slots)] = 0
         self.alpha[list(slots)] = np.nan if work.alpha is None else work.alpha
         self.draw[list(slots)] = uniforms(work.images[i] for i in indices)
         for slot in slots:
             self.method[slot], self.terms[slot] = work.method, terms
-        return [method.evaluations] * len(slots)
+        if plan.source:
+            self._source(slots)
+        return [len(plan.calls)] * len(slots)
+
+    def _source(self, slots: Sequence[int]) -> None:
+        """The source's forward: tap, features, logits, and where bridges start."""
+        rows = torch.as_tensor(slots, device=self.device)
+        self.taps[rows], self.features[rows], logits = self.networks[SOURCE](self.pixels[rows])
+        self.logits[rows, 0] = logits
+        self.z[rows] = source(logits, self.softening)[:, None]
 
     @torch.inference_mode()
     def step(self, slots: Sequence[int]) -> StepStats:
-        """One network call for every row; rows of one method share theirs."""
-        over: list[int] = []
-        for name, rows in self._by_method(slots).items():
-            over += self.methods[name].step(self, rows, self.done[rows]).tolist()
+        """One network call for every row; rows whose calls are of one network share it."""
+        due: dict[str, list[tuple[int, Call]]] = {}
+        for slot in slots:
+            call = self.plans[self.method[slot]].calls[self.done[slot]]
+            due.setdefault(call.network, []).append((slot, call))
+        for pairs in due.values():
+            rows, calls = zip(*pairs, strict=True)
+            calls[0].run(self, torch.as_tensor(rows, device=self.device), calls)
         self.done[list(slots)] += 1
+        over: list[int] = []
+        for name, own in self._by_method(slots).items():
+            over += self.methods[name].finished(self, own).tolist()
         return StepStats(rows=len(slots), finished=frozenset(over))
 
     @torch.inference_mode()
@@ -130,20 +149,19 @@ def running_costs(costs: Mapping[str, float]) -> Costs:
     return Costs(costs.get("bridge", math.nan), costs["ensemble"] - 1.0)
 
 
-def load(folder: Path, slots: int, device: str, _: Runtime = Runtime()) -> ClassifyTask:
-    """An ensemble folder, with the bridge beside it, as a Task with `slots` slots; always run eagerly."""
-    classifier = load_classifier(folder)
-    costs = classifier.costs()
-    config, where = read_config(folder, "ensemble"), pick_device(device)
-    calibration = read_calibration(folder, classifier)
-    for network in [*classifier.members, *([classifier.bridge.network] if classifier.bridge else [])]:
-        network.to(where)
-    calls = {"single": 1, "ensemble": len(classifier.members)}
+def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) -> ClassifyTask:
+    """An ensemble folder, with the bridges and the student beside it, as a Task with `slots` slots."""
+    classifier, where = load_classifier(folder), pick_device(device)
+    calibration, config = read_calibration(folder, classifier), classifier.config
+    costs, plans = classifier.costs(), classifier.plans()
+    networks, backend = run_by(classifier, slots, where, runtime)
     decisions = {name: decision_rule(c.thresholds) for name, c in calibration.methods.items()}
     sets = {name: set_rule(c.conformal) for name, c in calibration.methods.items()}
-    if classifier.bridge is not None:
-        calls["bridge"] = 1 + classifier.bridge.evaluations
-    if (router := calibration.router) is not None:
+    calls = {name: len(plan.networks) for name, plan in plans.items()}
+    if (router := calibration.router) is None:
+        costs.pop("cascade", None)
+        calls.pop("cascade", None)
+    else:
         default = router.pick(None)
         costs["cascade"] = default.cost
         calls["cascade"] = math.ceil(calls["bridge"] + default.share * (len(classifier.members) - 1))
@@ -157,12 +175,31 @@ def load(folder: Path, slots: int, device: str, _: Runtime = Runtime()) -> Class
         image=(height, width, channels),
         weights=classifier.weights,
         description=config.get("description", ""),
+        backend=backend,
         methods=costs,
         times=config.get("times", {}),
         calls=calls,
         decisions=decisions,
         sets=sets,
         cascade=router.catalogue() if router else (),
-        default_method="bridge" if classifier.bridge else "single",
+        default_method=next((name for name in BRIDGED if name in classifier.bridges), "single"),
     )
-    return ClassifyTask(info, classifier, calibration, slots, where)
+    return ClassifyTask(info, classifier, calibration, networks, slots, where)
+
+
+def run_by(classifier: Classifier, slots: int, device: torch.device, runtime: Runtime) -> tuple[Programs, str]:
+    """Programs of the networks, their BatchNorms folded, and a note on what runs them.
+
+    Channels last is the faster layout of small convolutions on CPUs; bits of a row may depend on it, numbers do not.
+    """
+    found = parts(classifier)
+    for part in found:
+        fold(part.network).to(device, memory_format=torch.channels_last)
+    place = Place(
+        weights=classifier.networks_digest,
+        rows=max(slots, 2),
+        device=device,
+        cache=Path(runtime.cache),
+        budget_s=runtime.budget_s,
+    )
+    return build(runtime.backend, found, place)

@@ -143,7 +143,7 @@ def train_all(recipe: BridgeRecipe, cache: Cache, out: Path) -> dict[str, Traine
     """Bridges and regressors of the same size for every seed; runs that are there already are read."""
     trained = {}
     for seed in range(recipe.seed + 1, recipe.seed + 1 + recipe.seeds):
-        for kind, run in (("bridge", train_bridge), ("regressor", train_regressor)):
+        for kind, run in (("bridge", train_bridge), ("mse", train_regressor)):
             label = run_label(kind, seed, recipe.network)
             trained[f"{kind}-{seed}"] = run(recipe, cache, out / label, seed, label)
     return trained

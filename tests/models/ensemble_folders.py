@@ -8,8 +8,8 @@ from models.backbones.bridge import BridgeConfig, BridgeNetwork
 from models.backbones.resnet import ResNet, ResNetConfig
 from models.bridge.process import TEMPERATURE
 from models.store import read_config, write_model
+from tests.models.classifiers import LABELS, lively
 
-LABELS = ["a", "b", "c"]
 SOURCE = "member-1.safetensors"
 SHAPE = ResNetConfig(classes=3, width=4)
 
@@ -17,7 +17,7 @@ SHAPE = ResNetConfig(classes=3, width=4)
 def make_ensemble(root, members=5, pool=3, size=6, name="toy"):
     """An ensemble folder `name`; images of `size` x `size` grey pixels."""
     torch.manual_seed(0)
-    files = {f"member-{i + 1}.safetensors": ResNet(SHAPE).state_dict() for i in range(members + pool)}
+    files = {f"member-{i + 1}.safetensors": lively(ResNet(SHAPE)).state_dict() for i in range(members + pool)}
     config = {
         "kind": "ensemble",
         "name": name,
@@ -32,24 +32,15 @@ def make_ensemble(root, members=5, pool=3, size=6, name="toy"):
     return root / name
 
 
-def random_bridge(**changes):
-    shape = BridgeConfig(tap_channels=4, classes=3, widths=(4, 6), strides=(1, 2), expands=(2, 2), **changes)
-    network = BridgeNetwork(shape)
-    torch.nn.init.normal_(network.fc.weight)
-    for table in network.time:
-        torch.nn.init.normal_(table.weight)
-    return network
-
-
 def make_bridges(ensemble, seeds=2, spread=True):
     """The bridge folder beside an ensemble: bridges of three steps, fed features, and every other kind of network."""
     torch.manual_seed(1)
     networks, files = {}, {}
 
     def add(name, kind, seed, teachers, **changes):
-        network = random_bridge(**changes)
-        shape = dataclasses.asdict(network.config)
-        networks[name] = {"kind": kind, "seed": seed, "network": shape, "teachers": teachers}
+        shape = BridgeConfig(tap_channels=4, classes=3, widths=(4, 6), strides=(1, 2), expands=(2, 2), **changes)
+        network = lively(BridgeNetwork(shape))
+        networks[name] = {"kind": kind, "seed": seed, "network": dataclasses.asdict(shape), "teachers": teachers}
         files[f"{name}.safetensors"] = network.state_dict()
 
     for seed in range(1, seeds + 1):
@@ -95,6 +86,6 @@ def make_students(ensemble, seeds=2):
         "serve": "student-2.safetensors",
         "temperature": 1.2,
     }
-    files = {f"student-{i + 1}.safetensors": ResNet(SHAPE).state_dict() for i in range(seeds)}
+    files = {f"student-{i + 1}.safetensors": lively(ResNet(SHAPE)).state_dict() for i in range(seeds)}
     write_model(ensemble.parent / "toy-student", config, files)
     return ensemble.parent / "toy-student"

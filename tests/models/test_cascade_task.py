@@ -9,7 +9,8 @@ import pytest
 from models.api import UserError
 from models.evaluation.classify import classify_images
 from models.tasks.classify import load
-from tests.models.test_classify_task import IMAGES, KEYS, make_zoo, run, work
+from tests.models.classifiers import IMAGES, flood, make_zoo, run, work
+from tests.models.test_classify_task import KEYS
 from tests.models.test_contract import calibrated_zoo
 
 COSTLY = 100.0
@@ -76,18 +77,7 @@ def test_cascades_at_every_cost_among_other_methods_answer_as_alone(task):
     options += [("single", {}), ("bridge", {"alpha": 0.3}), ("ensemble", {})]
     jobs = [work(method, image, **asked) for image in IMAGES for method, asked in [rng.choice(options)]]
     alone = [run(task, job, [4])[0] for job in jobs]
-    left, own, waiting, mixed = {}, {}, list(range(12)), {}
-    while waiting or left:
-        if waiting and rng.random() < 0.7:
-            index = waiting.pop()
-            [left[index]] = task.admit(jobs[index], [0], [index])
-            own[index] = jobs[index]
-        moving = rng.sample(ready := [slot for slot, n in left.items() if n], len(ready))
-        finished = task.step(moving).finished if moving else ()
-        left |= {slot: 0 if slot in finished else left[slot] - 1 for slot in moving}
-        for slot in [slot for slot, n in left.items() if not n]:
-            [mixed[slot]] = task.collect([slot])
-            del left[slot]
+    mixed = flood(task, jobs, rng)
     for i, expected in enumerate(alone):
         assert mixed[i].probabilities == pytest.approx(expected.probabilities, rel=1e-4, abs=1e-6)
         assert (mixed[i].decision, mixed[i].prediction_set, mixed[i].escalated) == (

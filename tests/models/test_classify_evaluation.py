@@ -289,15 +289,15 @@ def test_seeds_have_intervals_and_subsets_do_not():
     assert {"mean", "se", "n"} == set(Row([one, two], [(0,), (1,)], 2).summary()["acc"])
 
 
-@pytest.mark.parametrize(("change", "match"), [({"networks": None}, "networks"), ({"source": None}, "another source")])
-def test_folders_of_other_formats_or_sources_are_refused(tmp_path, change, match):
+@pytest.mark.parametrize(("dropped", "match"), [("networks", "no `networks` table"), ("sha256", "another member-1")])
+def test_folders_of_other_formats_or_sources_are_refused(tmp_path, dropped, match):
     ensemble = make_ensemble(tmp_path, pool=0)
     path = make_bridges(ensemble) / "config.json"
     config = read_json(path)
-    if "source" in change:
-        config["source"]["sha256"] = "0" * 64
-    else:
+    if dropped == "networks":
         del config["networks"]
+    else:
+        config["source"]["sha256"] = "0" * 64
     write_json(path, config)
     with pytest.raises(StoreError, match=match):
         load_carried(ensemble)

@@ -1,6 +1,5 @@
 """The classifier's task on small random networks: methods mixed in one batch, keys by method, mismatches refused."""
 
-import dataclasses
 import json
 import random
 
@@ -8,16 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from models.api import ClassifyWork, Task, UserError
-from models.backbones.bridge import BridgeConfig, BridgeNetwork
-from models.backbones.resnet import ResNet, ResNetConfig
+from models.api import Task, UserError
 from models.bridge.process import TEMPERATURE
 from models.bridge.sample import run_bridge
-from models.store import StoreError, read_config, write_json, write_model
+from models.store import StoreError, read_config, write_json
 from models.tasks.classifier import load_classifier
 from models.tasks.classify import load
+from tests.models.classifiers import IMAGES, flood, make_zoo, run, work
 
-LABELS = ["a", "b", "c"]
 BASE = {"entropy", "margin", "max_probability", "temperature"}
 SOURCE = {"source_entropy", "disagreement_source_vs_estimate"}
 KEYS = {
@@ -25,46 +22,6 @@ KEYS = {
     "bridge": BASE | SOURCE,
     "ensemble": BASE | SOURCE | {"expected_entropy", "mutual_information"},
 }
-
-
-def make_zoo(root, evaluations=5):
-    torch.manual_seed(0)
-    network = ResNetConfig(classes=3, width=8)
-    members = {f"member-{i}.safetensors": ResNet(network).state_dict() for i in range(3)}
-    config = {
-        "kind": "ensemble",
-        "name": "toy",
-        "backbone": "resnet",
-        "network": dataclasses.asdict(network),
-        "labels": LABELS,
-        "image": [28, 28, 1],
-        "members": list(members),
-        "temperatures": {"single": 1.3, "ensemble": 1.1},
-    }
-    write_model(root / "toy", config, members)
-    shape = BridgeConfig(tap_channels=8, classes=3, widths=(8, 12), strides=(1, 2), expands=(2, 2))
-    bridge = BridgeNetwork(shape)
-    torch.nn.init.normal_(bridge.fc.weight)
-    for table in bridge.time:
-        torch.nn.init.normal_(table.weight)
-    source = "member-0.safetensors"
-    write_model(
-        root / "toy-bridge",
-        {
-            "kind": "bridge",
-            "name": "toy-bridge",
-            "backbone": "bridge",
-            "ensemble": "toy",
-            "source": {"file": source, "sha256": read_config(root / "toy")["files"][source]},
-            "serve": "bridge-1.safetensors",
-            "evaluations": evaluations,
-            "softening": TEMPERATURE,
-            "temperature": 1.2,
-            "network": dataclasses.asdict(shape),
-        },
-        {"bridge-1.safetensors": bridge.state_dict()},
-    )
-    return root / "toy"
 
 
 @pytest.fixture(scope="module")
@@ -75,23 +32,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def task(folder):
     return load(folder, 12, "cpu")
-
-
-IMAGES = [np.random.default_rng(i).integers(0, 256, (28, 28, 1), dtype=np.uint8).tobytes() for i in range(12)]
-
-
-def work(method, *images, **options):
-    return ClassifyWork(model="toy", images=tuple(images), method=method, top_k=2, **options)
-
-
-def run(task, job, slots=None):
-    slots = slots or list(range(job.rows))
-    left = dict(zip(slots, task.admit(job, range(job.rows), slots), strict=True))
-    while moving := [slot for slot, n in left.items() if n]:
-        finished = task.step(moving).finished
-        assert finished <= set(moving)
-        left |= {slot: 0 if slot in finished else left[slot] - 1 for slot in moving}
-    return task.collect(slots)
 
 
 def test_it_is_a_task(task):
@@ -114,20 +54,7 @@ def test_rows_of_all_methods_share_ticks_and_answer_as_alone(task):
     rng = random.Random(0)
     jobs = [work(rng.choice(sorted(KEYS)), image) for image in IMAGES]
     alone = [run(task, job, [4])[0] for job in jobs]
-    left, own, waiting, mixed = {}, {}, list(range(12)), {}
-    while waiting or left:
-        if waiting and rng.random() < 0.8:
-            index = waiting.pop()
-            own[index], left[index] = index, task.admit(jobs[index], [0], [index])[0]
-        stepping = [slot for slot, n in left.items() if n]
-        if stepping:
-            task.step(rng.sample(stepping, len(stepping)))
-        for slot in list(left):
-            if not left[slot]:
-                mixed[slot] = task.collect([slot])[0]
-                del left[slot]
-            elif slot in stepping:
-                left[slot] -= 1
+    mixed = flood(task, jobs, rng)
     for i in range(12):
         assert mixed[i].probabilities == pytest.approx(alone[i].probabilities, rel=1e-4, abs=1e-6), jobs[i].method
 
@@ -137,7 +64,7 @@ def test_the_stepwise_bridge_is_the_sampler(folder, task):
     x = torch.from_numpy(np.frombuffer(IMAGES[0], np.uint8).copy()).view(1, 1, 28, 28).float() / 255
     source = classifier.members[0]
     tap = source.tap(x)
-    z = run_bridge(classifier.bridge.network, tap, source(x), 5, TEMPERATURE)
+    z = run_bridge(classifier.bridge.networks["plain"], tap, source(x), 5, TEMPERATURE)
     expected = (z.double().log_softmax(1) / 1.2).softmax(1)[0]
     assert run(task, work("bridge", IMAGES[0]))[0].probabilities == pytest.approx(expected.tolist(), rel=1e-4)
 

@@ -16,8 +16,8 @@ from models.training.data import Split
 from models.uncertainty.conformal import Rule, measure
 from models.uncertainty.contract import Answers, Contract, choose_rule, decision_rule, listed, set_rule
 from models.uncertainty.decision import Target, Thresholds
-from tests.models.test_classify_task import IMAGES, make_zoo, work
-from tests.models.test_classify_task import run as answer
+from tests.models.classifiers import IMAGES, make_zoo, work
+from tests.models.classifiers import run as answer
 
 
 def split(n, seed):
@@ -162,7 +162,8 @@ def test_a_calibration_of_something_else_is_refused(tmp_path, changed):
         config["files"]["member-2.safetensors"] = "0" * 64
         write_json(folder / "config.json", config)
     else:
-        write_json(tmp_path / "toy-bridge" / "config.json", bridge | {"temperature": 3.0})
+        serve = {"bridge": bridge["serve"]["bridge"] | {"temperature": 3.0}}
+        write_json(tmp_path / "toy-bridge" / "config.json", bridge | {"serve": serve})
     with pytest.raises(StoreError, match=r"other weights or temperatures.*eval classify --write|does not match"):
         load(folder, 4, "cpu")
 

@@ -23,7 +23,8 @@ from models.evaluation.timing import saturation
 from models.store import StoreError, read_json, write_model
 from models.tasks.gears import read_gears, write_gears
 from models.training.diffusion import model_config
-from tests.models.ensemble_folders import LABELS, make_bridges, make_ensemble, make_students
+from tests.models.classifiers import LABELS
+from tests.models.ensemble_folders import make_bridges, make_ensemble, make_students
 from tests.models.test_generate_task import latent_task
 
 

@@ -15,7 +15,7 @@ from models.tasks.classifier import load_classifier
 from models.tasks.classify import load
 from models.tasks.contracts import write_calibration
 from models.training.data import Split, Splits
-from tests.models.test_classify_task import make_zoo
+from tests.models.classifiers import make_zoo
 from tests.models.test_contract import split
 
 

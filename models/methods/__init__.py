@@ -1,0 +1,1 @@
+"""Ways to answer /classify, one file each, behind one contract."""

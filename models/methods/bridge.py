@@ -1,0 +1,92 @@
+"""Method bridge: the source, and light networks that carry its logits to the ensemble's.
+
+Kim et al., "Fast Ensembling with Diffusion Schroedinger Bridge" (ICLR 2024). With one network and no source weight
+the estimate is the network's; with several it is their mean, which holds the source once for each of them (every
+bridge starts from it) and is freed of that by `without_source`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.bridge.process import posterior_mean
+from models.methods.interface import Answer, Floats, Plain, Plan, Rows, Slots, bridge_name, log_probabilities
+from models.uncertainty.scores import against_source, describe, mean_log_probability, soften
+
+if TYPE_CHECKING:
+    from models.tasks.classifier import Classifier
+    from models.tasks.contracts import Calibration
+
+LEAST = 1e-6  # probability below which a difference of probabilities is clipped
+
+
+def without_source(log_p: Floats, source_log_p: Floats, weight: float) -> Floats:
+    """Log of (p - w q) / (1 - w) for the estimate p and the source q, log probabilities (N, K); w = 0 changes nothing.
+
+    M bridges of N teachers each, the source among them, hold it M times in M N; w = (M - 1) / (M N) leaves it once.
+    A negative weight adds the source. Clipped at `LEAST` and normalised.
+    """
+    if weight == 0.0:
+        return log_p
+    p = np.maximum((np.exp(log_p) - weight * np.exp(source_log_p)) / (1.0 - weight), LEAST)
+    return np.log(p / p.sum(-1, keepdims=True))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One evaluation of a bridge at step `n` of T = `steps`, on `z[:, column]`; a `leap` goes to the end at once."""
+
+    network: str
+    column: int
+    n: int
+    steps: int
+    leap: bool
+
+    def run(self, pool: Rows, rows: Tensor, calls: Sequence[Self]) -> None:
+        """See Call; each row at its own n."""
+        columns, n = (torch.tensor(v, device=rows.device) for v in ([c.column for c in calls], [c.n for c in calls]))
+        leap = torch.tensor([call.leap for call in calls], device=rows.device)[:, None]
+        z = pool.z[rows, columns]
+        (u,) = pool.networks[self.network](pool.taps[rows], z, n, pool.features[rows])
+        pool.z[rows, columns] = torch.where(leap, z - u, posterior_mean(z, u, n[:, None].float(), self.steps))
+
+
+class Bridge(Plain):
+    """The entry `name` of what a bridge folder serves."""
+
+    name = "bridge"
+
+    def __init__(self, classifier: Classifier, calibration: Calibration) -> None:
+        super().__init__(calibration)
+        self.bridge = classifier.bridges[self.name]
+        self.source_temperature = classifier.temperatures["single"]
+
+    @classmethod
+    def plan(cls, classifier: Classifier) -> Plan | None:
+        """Every network from T down to 1, or once at T; one network after the other."""
+        if (bridge := classifier.bridges.get(cls.name)) is None:
+            return None
+        calls = []
+        for column, (name, network) in enumerate(bridge.networks.items()):
+            steps = network.config.steps
+            for n in range(steps, steps - bridge.evaluations, -1):
+                calls.append(Step(bridge_name(name), column, n, steps, bridge.evaluations == 1))
+        return Plan(tuple(calls))
+
+    def answer(self, pool: Rows, slots: Slots) -> Sequence[Answer]:
+        """The estimate of the ensemble, and how it differs from the source."""
+        p = self.estimate(pool, slots)
+        source_p = soften(log_probabilities(pool.logits[slots, 0]), self.source_temperature)
+        return [Answer(slots, p, describe(p, self.bridge.temperature) | against_source(p, source_p))]
+
+    def estimate(self, pool: Rows, slots: Slots) -> Floats:
+        """Calibrated probabilities (N, K) of rows whose bridges have arrived."""
+        log_p = mean_log_probability(log_probabilities(pool.z[slots, : len(self.bridge.networks)]))
+        source_log_p = log_probabilities(pool.logits[slots, 0])
+        return soften(without_source(log_p, source_log_p, self.bridge.source_weight), self.bridge.temperature)

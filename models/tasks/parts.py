@@ -1,0 +1,70 @@
+"""A classifier's networks as parts that a backend can run: functions of tensors, rows first."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from models.backbones.bridge import BridgeNetwork
+from models.backbones.resnet import ResNet
+from models.backends.parts import Part, Program
+from models.bridge.process import source
+from models.methods.interface import SOURCE, STUDENT, bridge_name, member_name
+
+if TYPE_CHECKING:
+    from models.tasks.classifier import Classifier
+
+
+def parts(classifier: Classifier) -> list[Part]:
+    """The source first: pixels -> tap, pooled features, logits; members and student: pixels -> logits.
+
+    Bridges: tap, z, step, features -> u. Examples lie where the source's weights lie.
+    """
+    first, *others = classifier.members
+    height, width, channels = classifier.config["image"]
+
+    def pixels(rows: int) -> tuple[Tensor]:
+        x = torch.rand(rows, channels, height, width, generator=torch.Generator().manual_seed(rows))
+        return (x.to(first.fc.weight.device),)
+
+    def state(rows: int, steps: int) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            tap, features, logits = see(first)(*pixels(rows))
+        step = 1 + torch.arange(rows, device=logits.device) % steps
+        return tap, source(logits, classifier.softening), step, features
+
+    found = [Part(SOURCE, see(first), ("x",), ("tap", "features", "logits"), pixels, first)]
+    direct = {member_name(i): member for i, member in enumerate(others, 1)}
+    if classifier.student is not None:
+        direct[STUDENT] = classifier.student.network
+    for name, network in direct.items():
+        found.append(Part(name, forward(network), ("x",), ("logits",), pixels, network))
+    light = {name: network for bridge in classifier.bridges.values() for name, network in bridge.networks.items()}
+    for name, bridge in light.items():
+        inputs, example = ("tap", "z", "step", "features"), partial(state, steps=bridge.config.steps)
+        found.append(Part(bridge_name(name), carry(bridge), inputs, ("u",), example, bridge))
+    return found
+
+
+def see(network: ResNet) -> Program:
+    """The source as a function of pixels."""
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tap = network.tap(x)
+        features = network.features(tap)
+        return tap, features, network.fc(features)
+
+    return run
+
+
+def forward(network: ResNet) -> Program:
+    """A network as a function of pixels."""
+    return lambda x: (network(x),)
+
+
+def carry(network: BridgeNetwork) -> Program:
+    """A bridge as a function of all that any of them may see."""
+    return lambda tap, z, step, features: (network(tap, z, step, features),)
