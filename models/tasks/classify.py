@@ -194,7 +194,7 @@ def run_by(classifier: Classifier, slots: int, device: torch.device, runtime: Ru
     """
     found = parts(classifier)
     for part in found:
-        fold(part.network).to(device, memory_format=torch.channels_last)
+        fold(part.network).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     place = Place(
         weights=classifier.networks_digest,
         rows=max(slots, 2),
