@@ -18,7 +18,7 @@ def run_bridge(
     softening: float,
     features: Tensor | None = None,
 ) -> Tensor:
-    """Z_0 (N, K) from tap (N, C, H, W), source logits (N, K) and, for networks that see them, features (N, F).
+    """Z_0 (N, K) from tap (N, C, H, W), source logits (N, K) and, for a network that wants them, features (N, F).
 
     `evaluations` = T walks every step; 1 takes the estimate at the source end at once.
     """

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from models.backbones.bridge import BridgeNetwork
 from models.backbones.resnet import ResNet
+from models.bridge.mixture import mixture
 from models.bridge.process import source as softened
 from models.bridge.sample import run_bridge
 from models.evaluation.ensembles import load_network
 from models.evaluation.score import Floats
-from models.methods.bridge import without_source
 from models.store import StoreError, read_config
 from models.tasks.classifier import check_source, folder_beside, load_bridge_network
-from models.uncertainty.scores import mean_log_probability
 
 ALONE = {"distilled": "DBN x1, distilled", "mse": "regressor, MSE", "kl": "regressor, KL"}
 KINDS = ("bridge", *ALONE, "pair", "curve")
@@ -49,8 +48,7 @@ class Way:
 
     def combine(self, outputs: dict[Call, Floats], source: Floats) -> Floats:
         """Log probabilities (N, K) from those of every call and of the source, (N, K) each."""
-        mean = mean_log_probability(np.stack([outputs[call] for call in self.calls], 1))
-        return without_source(mean, source, self.source_weight)
+        return mixture(np.stack([outputs[call] for call in self.calls], 1), source, self.source_weight)
 
 
 def ways(entries: dict[str, Any]) -> dict[str, list[Way]]:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from models.bridge.mixture import mixture
 from models.bridge.sample import run_bridge
-from models.methods.bridge import without_source
 from models.tasks.classifier import Classifier, to_pixels
 from models.tasks.classify import running_costs
 from models.tasks.contracts import Calibration
@@ -96,8 +96,8 @@ def run(classifier: Classifier, split: Split, batch: int = 1000) -> Outputs:
         "ensemble": soften(mean_log_probability(log_p), classifier.temperatures["ensemble"]),
     }
     for name, bridge in classifier.bridges.items():
-        mean = mean_log_probability(log_softmax(np.concatenate(estimates[name])))
-        p[name] = soften(without_source(mean, log_p[:, 0], bridge.source_weight), bridge.temperature)
+        each = log_softmax(np.concatenate(estimates[name]))
+        p[name] = soften(mixture(each, log_p[:, 0], bridge.source_weight), bridge.temperature)
     if student is not None:
         p["distilled"] = soften(log_softmax(np.concatenate(distilled)), student.temperature)
     return Outputs(split.labels, uniforms(image.tobytes() for image in split.images), z, p)

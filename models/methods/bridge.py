@@ -2,7 +2,7 @@
 
 Kim et al., "Fast Ensembling with Diffusion Schroedinger Bridge" (ICLR 2024). With one network and no source weight
 the estimate is the network's; with several it is their mean, which holds the source once for each of them (every
-bridge starts from it) and is freed of that by `without_source`.
+bridge starts from it) and is freed of that by `mixture`.
 """
 
 from __future__ import annotations
@@ -11,31 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from models.bridge.mixture import mixture
 from models.bridge.process import posterior_mean
 from models.methods.interface import Answer, Floats, Plain, Plan, Rows, Slots, bridge_name, log_probabilities
-from models.uncertainty.scores import against_source, describe, mean_log_probability, soften
+from models.uncertainty.scores import against_source, describe, soften
 
 if TYPE_CHECKING:
     from models.tasks.classifier import Classifier
     from models.tasks.contracts import Calibration
-
-LEAST = 1e-6  # probability below which a difference of probabilities is clipped
-
-
-def without_source(log_p: Floats, source_log_p: Floats, weight: float) -> Floats:
-    """Log of (p - w q) / (1 - w) for the estimate p and the source q, log probabilities (N, K); w = 0 changes nothing.
-
-    M bridges of N teachers each, the source among them, hold it M times in M N; w = (M - 1) / (M N) leaves it once.
-    A negative weight adds the source. Clipped at `LEAST` and normalised.
-    """
-    if weight == 0.0:
-        return log_p
-    p = np.maximum((np.exp(log_p) - weight * np.exp(source_log_p)) / (1.0 - weight), LEAST)
-    return np.log(p / p.sum(-1, keepdims=True))
 
 
 @dataclass(frozen=True)
@@ -87,6 +73,6 @@ class Bridge(Plain):
 
     def estimate(self, pool: Rows, slots: Slots) -> Floats:
         """Calibrated probabilities (N, K) of rows whose bridges have arrived."""
-        log_p = mean_log_probability(log_probabilities(pool.z[slots, : len(self.bridge.networks)]))
+        log_p = log_probabilities(pool.z[slots, : len(self.bridge.networks)])
         source_log_p = log_probabilities(pool.logits[slots, 0])
-        return soften(without_source(log_p, source_log_p, self.bridge.source_weight), self.bridge.temperature)
+        return soften(mixture(log_p, source_log_p, self.bridge.source_weight), self.bridge.temperature)

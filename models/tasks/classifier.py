@@ -195,7 +195,11 @@ def check_source(folder: Path, source: dict[str, Any], ensemble: dict[str, Any])
 def check_shape(folder: Path, name: str, network: BridgeNetwork, source: ResNet) -> None:
     """Refuse a network that does not fit the source, or that predicts something else than logits."""
     c, width, classes = network.config, source.config.width, source.fc.out_features
-    wanted = {"tap_channels": width, "classes": classes, "features": source.fc.in_features if c.features else 0}
+    wanted = {
+        "tap_channels": width if c.tap_channels else 0,
+        "classes": classes,
+        "features": source.fc.in_features if c.features else 0,
+    }
     for key, value in wanted.items():
         if getattr(c, key) != value:
             raise StoreError(f"{folder}/config.json: {name} has {key} {getattr(c, key)}, the source needs {value}")

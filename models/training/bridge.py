@@ -1,154 +1,199 @@
-"""Train Diffusion Bridge Networks from a transfer cache built once for all of them.
+"""Train light networks that carry the source's logits to the ensemble's, from one transfer set.
 
-Kim et al. (ICLR 2024). No labels are used. The transfer set is the training images, shifted, half of them
-mixed up (Zhang et al., ICLR 2018): where members agree there is nothing to learn, so images off the members'
-own training set carry the signal.
+Diffusion Bridge Networks (Kim et al., ICLR 2024) beside what they have to be compared with: the same network as a
+direct regressor, distilled to one step, in pairs that share the teachers between them, and as the bridges between
+members of Yun et al. (ICML 2023). No labels are used.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
 from models.backbones.bridge import BridgeConfig, BridgeNetwork
-from models.backbones.resnet import ResNet
 from models.bridge.process import TEMPERATURE, sample_between, sample_temperature, source, target
-from models.tasks.classifier import to_pixels
-from models.training.data import Images
+from models.bridge.sample import run_bridge
+from models.training.curves import CurveRecipe
 from models.training.loop import Optim, Trained, train
-from models.training.members import random_shift
+from models.training.members import channels_last
+from models.training.transfer import Cache, Transfer
+
+KINDS = ("bridge", "distilled", "mse", "kl", "pair", "curve", "spread")
+LEAST_SPREAD = 1e-6  # nats of mutual information below which members count as equal
 
 
 @dataclass(frozen=True)
 class BridgeRecipe:
     """`offramp train bridge`. `ensemble` names the model whose member 1 is the source.
 
-    `passes` over the images make the transfer set: shifted by up to `shift` pixels, a share mixed up.
-    `seeds` bridges are trained, and as many direct regressors beside them.
+    Every kind in `kinds` is trained with each of `seeds` seeds. `pair_teachers`: members whose mean each network of a
+    pair learns. `distill`: how a bridge's student is trained. `curve`: the curves that kind `curve` needs.
     """
 
     name: str
     ensemble: str
     optim: Optim
+    distill: Optim
     network: BridgeConfig = field(default_factory=BridgeConfig)
-    passes: int = 3
-    shift: int = 2
-    mixup_share: float = 0.5
-    mixup_alpha: float = 0.4
+    transfer: Transfer = field(default_factory=Transfer)
+    curve: CurveRecipe = field(default_factory=CurveRecipe)
+    kinds: tuple[str, ...] = KINDS
+    pair_teachers: tuple[list[int], ...] = ([0, 1, 2], [0, 3, 4])
     seeds: int = 3
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class Cache:
-    """Taps of the source (N, C, H, W) float16 and every member's logits (N, M, K)."""
+class Run:
+    """One network to train: it learns from members `teachers` (indices), or from the middle of a `curve`."""
 
-    taps: Tensor
-    logits: Tensor
+    name: str
+    kind: str
+    seed: int
+    teachers: tuple[int, ...] = ()
+    curve: int | None = None
 
 
-def perturbed(images: Images, recipe: BridgeRecipe) -> Tensor:
-    """One pass over the images: shifted, a share mixed up pairwise; (N, C, H, W) in [0, 1]."""
-    x = random_shift(to_pixels(images), recipe.shift)
-    n = len(x)
-    share = torch.distributions.Beta(recipe.mixup_alpha, recipe.mixup_alpha).sample((n,))
-    weight = torch.where(torch.rand(n) < recipe.mixup_share, share, torch.ones(n))[:, None, None, None]
-    return weight * x + (1 - weight) * x[torch.randperm(n)]
+def runs(recipe: BridgeRecipe, members: int) -> list[Run]:
+    """Every network of a recipe, a bridge before the student that starts from it."""
+    made, everyone = [], tuple(range(members))
+    for seed in range(recipe.seed + 1, recipe.seed + 1 + recipe.seeds):
+        for kind in (k for k in KINDS if k in recipe.kinds):
+            if kind == "pair":
+                for letter, teachers in zip("abcdefgh", recipe.pair_teachers, strict=False):
+                    made.append(Run(f"pair-{seed}-{letter}", kind, seed, tuple(teachers)))
+            elif kind == "curve":
+                made += [Run(f"curve-{end + 1}-{seed}", kind, seed, curve=end) for end in recipe.curve.ends]
+            elif kind != "spread" or seed == recipe.seed + 1:
+                made.append(Run(f"{kind}-{seed}", kind, seed, everyone))
+    return made
+
+
+def network_config(run: Run, recipe: BridgeRecipe) -> BridgeConfig:
+    """A bridge has the recipe's steps, every other kind one."""
+    steps = recipe.network.steps if run.kind == "bridge" else 1
+    return dataclasses.replace(recipe.network, steps=steps, outputs=int(run.kind == "spread"))
+
+
+def mutual_information(logits: Tensor) -> Tensor:
+    """Of members' logits (N, M, K), in nats (N,): mean KL from each member to their mean."""
+    log_p = logits.log_softmax(-1)
+    mean = log_p.exp().mean(1, keepdim=True).log()
+    return (log_p.exp() * (log_p - mean)).sum(-1).mean(1)
+
+
+def goal(run: Run, cache: Cache, midpoints: Mapping[int, Tensor], start: BridgeNetwork | None) -> Tensor:
+    """What the network of a run shall arrive at (N, K): centred logits, or the log of the spread (N, 1)."""
+    if run.curve is not None:
+        return target(midpoints[run.curve][:, None])
+    logits = cache.logits[:, list(run.teachers)]
+    if run.kind == "spread":
+        return mutual_information(logits).clamp_min(LEAST_SPREAD).log()[:, None]
+    if run.kind == "distilled":
+        assert start is not None
+        return (target(logits) + carried(start, cache)) / 2
+    return target(logits)
 
 
 @torch.inference_mode()
-def build_cache(members: list[ResNet], images: Images, recipe: BridgeRecipe, path: Path) -> Cache:
-    """Build the transfer cache, or read it when `path` exists."""
-    if path.is_file():
-        tensors = load_file(path)
-        return Cache(tensors["taps"], tensors["logits"])
-    torch.manual_seed(recipe.seed + 77)
-    taps, logits = [], []
-    for _ in range(recipe.passes):
-        for x in perturbed(images, recipe).split(1000):
-            tap = members[0].tap(x)
-            first = members[0].fc(members[0].features(tap))
-            taps.append(tap.half())
-            logits.append(torch.stack([first, *(m(x) for m in members[1:])], 1))
-    cache = Cache(torch.cat(taps), torch.cat(logits))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"taps": cache.taps, "logits": cache.logits}, path)
-    return cache
+def carried(network: BridgeNetwork, cache: Cache, batch: int = 1000) -> Tensor:
+    """Where a bridge ends after all its steps (N, K), for its student to learn."""
+    network, parts = network.eval(), []
+    rows = zip(*(t.split(batch) for t in (cache.taps, cache.features, cache.logits[:, 0])), strict=True)
+    for tap, late, logits in rows:
+        parts.append(run_bridge(network, tap.float(), logits, network.config.steps, TEMPERATURE, late.float()))
+    return torch.cat(parts).clone()
 
 
-def train_bridge(recipe: BridgeRecipe, cache: Cache, out: Path, seed: int, label: str) -> Trained:
-    """One bridge: mean over rows of |Z_0_hat - Z_0|^2 / tau, every step n in 1..T drawn."""
-    torch.manual_seed(seed)
-    model = BridgeNetwork(recipe.network)
-    goal, steps, n = target(cache.logits), recipe.network.steps, recipe.optim.batch
-
-    def loss(step: int) -> Tensor:
-        rows = torch.randint(len(goal), (n,))
-        z0, z1 = goal[rows], source(cache.logits[rows, 0], sample_temperature(n))
-        at = torch.randint(1, steps + 1, (n,))
-        tau = (at / steps)[:, None]
-        z = sample_between(z0, z1, tau)
-        estimate = z - tau * model(cache.taps[rows].float(), z, at)
-        return ((estimate - z0).square().sum(1, keepdim=True) / tau).mean()
-
-    return train(model, recipe.optim, loss, out, label=label)
+def bridge_loss(model: BridgeNetwork, tap: Tensor, late: Tensor, logits: Tensor, z0: Tensor) -> Tensor:
+    """Mean over rows of |Z_0_hat - Z_0|^2 / tau, every step n in 1..T drawn (dividing by tau: its well-scaled form)."""
+    n, steps = len(z0), model.config.steps
+    at = torch.randint(1, steps + 1, (n,))
+    tau = (at / steps)[:, None]
+    z = sample_between(z0, source(logits, sample_temperature(n)), tau)
+    estimate = z - tau * model(tap, z, at, late)
+    return ((estimate - z0).square().sum(1, keepdim=True) / tau).mean()
 
 
-def train_regressor(recipe: BridgeRecipe, cache: Cache, out: Path, seed: int, label: str) -> Trained:
-    """The baseline of the same size: Z_0 regressed from tap and softened source in one shot, squared error."""
-    torch.manual_seed(seed)
-    model = BridgeNetwork(dataclasses.replace(recipe.network, steps=1))
-    goal, n = target(cache.logits), recipe.optim.batch
-
-    def loss(step: int) -> Tensor:
-        rows = torch.randint(len(goal), (n,))
-        z1, one = source(cache.logits[rows, 0], TEMPERATURE), torch.ones(n, dtype=torch.int64)
-        estimate = z1 - model(cache.taps[rows].float(), z1, one)
-        return (estimate - goal[rows]).square().sum(1).mean()
-
-    return train(model, recipe.optim, loss, out, label=label)
+def arrival(model: BridgeNetwork, tap: Tensor, late: Tensor, logits: Tensor) -> Tensor:
+    """Where one evaluation ends (N, K)."""
+    z1 = source(logits, TEMPERATURE)
+    return z1 - model(tap, z1, torch.ones(len(z1), dtype=torch.int64), late)
 
 
-def choose_logits(
-    recipe: BridgeRecipe, cache: Cache, out: Path, validate: Callable[[dict[str, nn.Module]], float]
-) -> tuple[BridgeConfig, dict[str, float]]:
-    """Whether the bridge sees the source's logits: both ways with the first seed, the better on validation.
-
-    `validate` gives the calibrated NLL of a network. Also returns both figures.
-    """
-    seed, found = recipe.seed + 1, {}
-    for logits in (False, True):
-        network = dataclasses.replace(recipe.network, logits=logits)
-        label = run_label("bridge", seed, network)
-        run = train_bridge(dataclasses.replace(recipe, network=network), cache, out / label, seed, label)
-        found[network] = validate({"bridge": run.ema})
-    best = min(found, key=lambda network: found[network])
-    return best, {f"logits={network.logits}".lower(): value for network, value in found.items()}
+def mse_loss(model: BridgeNetwork, tap: Tensor, late: Tensor, logits: Tensor, z0: Tensor) -> Tensor:
+    """Squared error of one evaluation."""
+    return (arrival(model, tap, late, logits) - z0).square().sum(1).mean()
 
 
-def run_label(kind: str, seed: int, network: BridgeConfig) -> str:
-    """Folder of one run."""
-    return f"{kind}-{seed}" + ("-logits" if network.logits else "")
+def kl_loss(model: BridgeNetwork, tap: Tensor, late: Tensor, logits: Tensor, z0: Tensor) -> Tensor:
+    """KL from the goal's probabilities to those of one evaluation."""
+    log_p = arrival(model, tap, late, logits).log_softmax(-1)
+    return F.kl_div(log_p, z0.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
-def train_all(recipe: BridgeRecipe, cache: Cache, out: Path) -> dict[str, Trained]:
-    """Bridges and regressors of the same size for every seed; runs that are there already are read."""
-    trained = {}
-    for seed in range(recipe.seed + 1, recipe.seed + 1 + recipe.seeds):
-        for kind, run in (("bridge", train_bridge), ("mse", train_regressor)):
-            label = run_label(kind, seed, recipe.network)
-            trained[f"{kind}-{seed}"] = run(recipe, cache, out / label, seed, label)
+def spread_loss(model: BridgeNetwork, tap: Tensor, late: Tensor, logits: Tensor, spread: Tensor) -> Tensor:
+    """Squared error of the predicted log spread (N, 1)."""
+    z1 = source(logits, TEMPERATURE)
+    return (model(tap, z1, torch.ones(len(z1), dtype=torch.int64), late) - spread).square().mean()
+
+
+Loss = Callable[[BridgeNetwork, Tensor, Tensor, Tensor, Tensor], Tensor]
+LOSSES: dict[str, Loss] = {"bridge": bridge_loss, "distilled": mse_loss, "mse": mse_loss, "spread": spread_loss}
+
+
+def train_run(
+    run: Run,
+    recipe: BridgeRecipe,
+    cache: Cache,
+    out: Path,
+    midpoints: Mapping[int, Tensor] | None = None,
+    start: BridgeNetwork | None = None,
+) -> Trained:
+    """Train one network; a distilled one starts from the bridge of its seed."""
+    torch.manual_seed(run.seed)
+    model = channels_last(BridgeNetwork(network_config(run, recipe)))
+    if run.kind == "distilled":
+        assert start is not None
+        begin_at_the_source(model, start)
+    z0, loss = goal(run, cache, midpoints or {}, start), LOSSES.get(run.kind, kl_loss)
+    optim = recipe.distill if run.kind == "distilled" else recipe.optim
+
+    def on_batch(step: int) -> Tensor:
+        rows = torch.randint(len(z0), (optim.batch,))
+        tap = cache.taps[rows].float().contiguous(memory_format=torch.channels_last)
+        late = cache.features[rows].float()
+        return loss(model, tap, late, cache.logits[rows, 0], z0[rows])
+
+    return train(model, optim, on_batch, out / run.name, label=run.name)
+
+
+def begin_at_the_source(student: BridgeNetwork, teacher: BridgeNetwork) -> None:
+    """Copy a bridge of T steps into a network of one: its only step is the teacher's last, at the source end."""
+    weights = dict(teacher.state_dict())
+    for name in [n for n in weights if n.startswith("time.")]:
+        weights[name] = weights[name][[0, teacher.config.steps]]
+    student.load_state_dict(weights)
+
+
+def train_all(
+    recipe: BridgeRecipe, todo: Iterable[Run], cache: Cache, midpoints: Mapping[int, Tensor], out: Path
+) -> dict[str, Trained]:
+    """Every run; those that are there already are read."""
+    trained: dict[str, Trained] = {}
+    for run in todo:
+        start = trained[f"bridge-{run.seed}"].ema if run.kind == "distilled" else None
+        assert start is None or isinstance(start, BridgeNetwork)
+        trained[run.name] = train_run(run, recipe, cache, out, midpoints, start)
     return trained
 
 
-def summary(done: Trained) -> dict[str, Any]:
+def summary(done: Trained) -> dict[str, float]:
     """What the JSON line says of one run."""
-    return {"loss": float(np.round(done.loss, 5)), "seconds": round(done.seconds, 1), "steps": done.steps}
+    return {"loss": round(done.loss, 5), "seconds": round(done.seconds, 1), "steps": done.steps}

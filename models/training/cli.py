@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,18 +9,25 @@ from typing import Annotated, Any
 import typer
 
 from models.api import ExitSchedule
-from models.evaluation.choose import calibrate, choose_bridge
+from models.backbones.bridge import BridgeNetwork
+from models.evaluation.choose import calibrate
+from models.evaluation.report import find, provenance
 from models.solvers.process import Cosine, from_config
-from models.store import read_config, weights_digest, write_json, write_model
+from models.store import read_config, write_json, write_model
 from models.tasks.classifier import load_members
 from models.tasks.gears import write_gears
 from models.tasks.generator import load_model
 from models.training import bridge as bridges
+from models.training import compare
+from models.training.curves import midpoints
 from models.training.data import splits
 from models.training.diffusion import DiffusionRecipe, model_config, train_diffusion
+from models.training.distill import DistillRecipe, train_students
 from models.training.exits import ExitsRecipe, train_exits
 from models.training.members import MembersRecipe, train_members
-from models.training.recipe import RecipeError, read_recipe
+from models.training.recipe import RecipeError, build, read_recipe
+from models.training.serving import Validation, choose, write_bridge
+from models.training.transfer import Transfer, cached
 
 app = typer.Typer(no_args_is_help=True, help="Train the models of the zoo, or yours, from recipes.")
 Recipe = Annotated[Path, typer.Option(help="Recipe file (TOML); see models/training/recipes.")]
@@ -93,40 +99,46 @@ def members(recipe: Recipe, data: Data, out: Out) -> None:
 
 @app.command()
 def bridge(recipe: Recipe, data: Data, out: Out) -> None:
-    """Train bridges over several seeds, and regressors of the same size beside them; ships the best on validation."""
+    """Train bridges over several seeds, and what they are compared with; serves what validation likes best."""
     r = read_recipe(recipe, bridges.BridgeRecipe)
-    split = splits(data)
-    folder = out / r.ensemble
-    ensemble = read_config(folder, "ensemble")
-    runs = out / "runs" / r.name / weights_digest(ensemble["files"])[:12]
-    cache = bridges.build_cache(load_members(folder), split.train.images, r, runs / "cache.safetensors")
+    split, folder, runs = splits(data), out / r.ensemble, out / "runs" / r.name
+    ensemble, members = read_config(folder, "ensemble"), load_members(folder)
+    cache = cached(r.transfer, folder, generator(r.transfer, out), members, split.train.images, out)
+    seen = split.train[slice(0, ensemble["trained_on"]["images"])]
+    todo = bridges.runs(r, len(members))
+    curved = "curve" in r.kinds
+    middles = midpoints(members, seen, cache.pixels, r.curve, r.seed, runs) if curved else {}
+    trained = bridges.train_all(r, todo, cache, middles, runs)
+    networks = {name: t.ema for name, t in trained.items() if isinstance(t.ema, BridgeNetwork)}
+    served, scores = choose(r, todo, networks, Validation(members[0], split.selection))
+    weights = write_bridge(out / r.name, r, ensemble, todo, networks, served)
+    logs = {name: bridges.summary(t) for name, t in trained.items()}
+    entries = {method: s.entry() for method, s in served.items()}
+    done(model=r.name, weights=weights, serve=entries, validation=scores, runs=logs, seed=r.seed)
 
-    def validate(models: dict[str, Any]) -> float:
-        return min(choose_bridge(models, folder, split.selection).scores.values())
 
-    network, pilot = bridges.choose_logits(r, cache, runs, validate)
-    r = dataclasses.replace(r, network=network)
-    trained = bridges.train_all(r, cache, runs)
-    chosen = choose_bridge({k: t.ema for k, t in trained.items()}, folder, split.selection)
-    source = ensemble["members"][0]
-    config = {
-        "kind": "bridge",
-        "name": r.name,
-        "backbone": "bridge",
-        "ensemble": r.ensemble,
-        "source": {"file": source, "sha256": ensemble["files"][source], "tap": "first"},
-        "weights": weights_digest(ensemble["files"]),
-        **chosen.config,
-    }
-    files = {f"{k}.safetensors": t.ema.state_dict() for k, t in trained.items()}
-    weights = write_model(out / r.name, config, files)
-    logs = {k: bridges.summary(t) for k, t in trained.items()}
-    done(
-        model=r.name,
-        weights=weights,
-        chosen=chosen.config,
-        validation=chosen.scores,
-        pilot=pilot,
-        runs=logs,
-        seed=r.seed,
-    )
+@app.command()
+def distill(recipe: Recipe, data: Data, out: Out) -> None:
+    """Train single networks on the ensemble's answers."""
+    r = read_recipe(recipe, DistillRecipe)
+    split, folder = splits(data), out / r.ensemble
+    members = load_members(folder)
+    cache = cached(r.transfer, folder, generator(r.transfer, out), members, split.train.images, out)
+    done(**train_students(r, cache, read_config(folder, "ensemble"), split.selection, out), seed=r.seed)
+
+
+@app.command("compare")
+def compare_arms(recipe: Recipe, data: Data, out: Out) -> None:
+    """What a bridge should learn from, see and look like: every arm of a study, scored on validation."""
+    study = read_recipe(recipe, compare.StudyRecipe)
+    base = build(bridges.BridgeRecipe, study.base, str(recipe))
+    folder, drawn_by = out / base.ensemble, generator(base.transfer, out)
+    arms = compare.compare(study, folder, drawn_by, splits(data), out, str(recipe))
+    print(compare.table(arms))
+    done(study=base.name, arms={arm.name: arm.nll for arm in arms}, **provenance())
+
+
+def generator(transfer: Transfer, out: Path) -> Path:
+    """The folder of the generator that a transfer set draws from: trained here, else of the zoo."""
+    trained = out / transfer.generator
+    return trained if (trained / "config.json").is_file() else find(Path(transfer.generator))

@@ -85,8 +85,11 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def read_folder(folder: Path) -> Split:
-    """<class>/<image> below `folder`; classes are numbered in sorted order. Order is shuffled, fixed."""
-    from PIL import Image
+    """<class>/<image> below `folder`, all of one size; classes are numbered in sorted order. Order is shuffled, fixed.
+
+    Raises DataError, naming the file, for what is not an image or has another size or number of channels.
+    """
+    from PIL import Image, UnidentifiedImageError
 
     paths = [
         (path, index)
@@ -96,9 +99,14 @@ def read_folder(folder: Path) -> Split:
     if not paths:
         raise DataError(f"{folder} holds no <class>/<image>")
     order = np.random.default_rng(0).permutation(len(paths))
-    pixels = []
+    pixels: list[Images] = []
     for i in order:
-        with Image.open(paths[i][0]) as image:
-            array = np.asarray(image)
+        try:
+            with Image.open(paths[i][0]) as image:
+                array = np.asarray(image)
+        except UnidentifiedImageError as error:
+            raise DataError(f"{paths[i][0]} is not an image; remove it") from error
         pixels.append(array[..., None] if array.ndim == 2 else array)
+        if pixels[-1].shape != pixels[0].shape:
+            raise DataError(f"{paths[i][0]} has shape {pixels[-1].shape}, other images have {pixels[0].shape}")
     return Split(np.stack(pixels), np.array([paths[i][1] for i in order], np.int64))

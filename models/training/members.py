@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbones.resnet import ResNet, ResNetConfig
@@ -18,18 +18,25 @@ from models.tasks.classifier import to_pixels
 from models.training.data import Images, Splits
 from models.training.loop import Optim, train
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 @dataclass(frozen=True)
 class MembersRecipe:
-    """`offramp train members`. `images`: how many training images the members see."""
+    """`offramp train members`. `images`: how many training images the members see.
+
+    `pool` more are trained after them, for evaluation alone: deep ensembles are averaged over subsets of all.
+    """
 
     name: str
     labels: list[str]
     optim: Optim
     members: int = 5
+    pool: int = 0
     images: int = 12_000
     network: ResNetConfig = field(default_factory=ResNetConfig)
     shift: int = 0
+    flip: bool = False
     bf16: bool = True
     seed: int = 0
 
@@ -46,6 +53,15 @@ def random_shift(x: Tensor, most: int) -> Tensor:
     return padded[torch.arange(n)[:, None, None, None], torch.arange(x.shape[1])[None, :, None, None], rows, cols]
 
 
+def augment(x: Tensor, shift: int, flip: bool) -> Tensor:
+    """Images (N, C, H, W) shifted by up to `shift` pixels and, with `flip`, half of them mirrored left to right.
+
+    A shift of 4 is the random crop after padding by 4 of He et al. (CVPR 2016).
+    """
+    x = random_shift(x, shift)
+    return torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x) if flip else x
+
+
 def epoch_rows(n: int, batch: int, step: int, seed: int) -> torch.Tensor:
     """Rows of minibatch `step` when every epoch is a fresh permutation of n rows; stateless."""
     per_epoch = n // batch
@@ -54,8 +70,8 @@ def epoch_rows(n: int, batch: int, step: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(order[at * batch : (at + 1) * batch])
 
 
-def channels_last(model: ResNet) -> ResNet:
-    """The same network with its convolutions laid out for the CPU's bfloat16 kernels."""
+def channels_last(model: Network) -> Network:
+    """The same network with its convolutions laid out for the CPU's faster kernels."""
     for parameter in model.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -74,14 +90,14 @@ def train_members(recipe: MembersRecipe, splits: Splits, out: Path) -> dict[str,
     split = splits.train[slice(0, recipe.images)]
     x, y = to_pixels(split.images), torch.from_numpy(split.labels)
     files, rows, seconds = {}, [], 0.0
-    for index in range(recipe.members):
+    for index in range(recipe.members + recipe.pool):
         seed = recipe.seed + index + 1
         torch.manual_seed(seed)
         model = channels_last(ResNet(recipe.network))
 
         def loss(step: int, model: ResNet = model, seed: int = seed) -> Tensor:
             rows = epoch_rows(len(y), recipe.optim.batch, step, seed)
-            batch = random_shift(x[rows], recipe.shift).contiguous(memory_format=torch.channels_last)
+            batch = augment(x[rows], recipe.shift, recipe.flip).contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
                 logits = model(batch)
             return F.cross_entropy(logits.float(), y[rows])
@@ -103,7 +119,8 @@ def train_members(recipe: MembersRecipe, splits: Splits, out: Path) -> dict[str,
         "network": dataclasses.asdict(recipe.network),
         "labels": recipe.labels,
         "image": [*split.images.shape[1:]],
-        "members": list(files),
+        "members": list(files)[: recipe.members],
+        "pool": list(files)[recipe.members :],
         "trained_on": {"images": len(y)},
     }
     digest = write_model(out / recipe.name, config, files)

@@ -94,13 +94,13 @@ def write_student(root, **changes):
 
 
 def make_whole_zoo(root):
-    """`toy` with a student, and bridges of every sort: many steps, logits and late features seen, weights both ways."""
+    """`toy` with a student, and bridges of every sort: many steps, late features seen or alone, weights both ways."""
     folder, features = make_zoo(root), 4 * SHAPE.width
     shapes = {
         "plain": LIGHT,
         "late": dataclasses.replace(LIGHT, steps=2, features=features, logits=True),
-        "one": dataclasses.replace(LIGHT, steps=1),
-        "curve-a": dataclasses.replace(LIGHT, steps=1, features=features),
+        "one": dataclasses.replace(LIGHT, steps=1, expands=(0, 2)),
+        "curve-a": dataclasses.replace(LIGHT, steps=1, features=features, tap_channels=0),
         "curve-b": dataclasses.replace(LIGHT, steps=1),
     }
     serve = {

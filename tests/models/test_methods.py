@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from models.bridge.mixture import FLOOR, mixture
 from models.evaluation.served import calibrate
 from models.evaluation.served import run as run_split
-from models.methods.bridge import LEAST, without_source
 from models.registry import METHODS
 from models.store import StoreError, read_config, write_json
 from models.tasks.classifier import load_classifier
@@ -107,23 +107,22 @@ def random_log_p(seed, n=50, k=4):
 def test_the_surplus_source_is_taken_out_exactly():
     """Bridges of teachers {q, a} and {q, b}: their mean holds q twice; w = (M - 1) / (M N) leaves the mean of all."""
     q, a, b = (np.exp(random_log_p(seed)) for seed in range(3))
-    mean = ((q + a) / 2 + (q + b) / 2) / 2
-    found = np.exp(without_source(np.log(mean), np.log(q), (2 - 1) / (2 * 2)))
-    np.testing.assert_allclose(found, (q + a + b) / 3, atol=1e-12)
+    each = np.log(np.stack([(q + a) / 2, (q + b) / 2], 1))
+    np.testing.assert_allclose(np.exp(mixture(each, np.log(q), (2 - 1) / (2 * 2))), (q + a + b) / 3, atol=1e-12)
 
 
 def test_a_negative_weight_averages_the_source_in():
-    q, a, b = (np.exp(random_log_p(seed)) for seed in range(3))
-    found = np.exp(without_source(np.log((a + b) / 2), np.log(q), -1 / 2))
-    np.testing.assert_allclose(found, (q + a + b) / 3, atol=1e-12)
+    q, a, b = (random_log_p(seed) for seed in range(3))
+    found = np.exp(mixture(np.stack([a, b], 1), q, -1 / 2))
+    np.testing.assert_allclose(found, (np.exp(q) + np.exp(a) + np.exp(b)) / 3, atol=1e-12)
 
 
 def test_probabilities_below_nothing_are_clipped():
-    log_p, source = np.log([[0.5, 0.3, 0.2]]), np.log([[0.98, 0.01, 0.01]])
-    found = np.exp(without_source(log_p, source, 0.6))
-    assert found[0, 0] == pytest.approx(LEAST / ((0.3 + 0.2 - 0.6 * 0.02) / 0.4 + LEAST))
+    log_p, source = np.log([[[0.5, 0.3, 0.2]]]), np.log([[0.98, 0.01, 0.01]])
+    found = np.exp(mixture(log_p, source, 0.6))
+    assert found[0, 0] == pytest.approx(FLOOR / ((0.3 + 0.2 - 0.6 * 0.02) / 0.4 + FLOOR))
     assert found.sum() == pytest.approx(1)
-    assert without_source(log_p, source, 0.0) is log_p
+    np.testing.assert_allclose(mixture(log_p, source, 0.0), log_p[:, 0], atol=1e-12)
 
 
 # Any number of members, and folders that cannot be served

@@ -245,16 +245,26 @@ def test_options_that_do_not_exist_are_named(base, changes, says, tmp_path):
 
 def test_shipped_recipes_parse():
     from models.store import ZOO
-    from models.training.bridge import BridgeRecipe
+    from models.training.bridge import KINDS, BridgeRecipe
+    from models.training.compare import StudyRecipe
+    from models.training.distill import DistillRecipe
 
     folder = ZOO.parent / "training" / "recipes"
     kinds = {
+        "cifar-ensemble": MembersRecipe,
+        "cifar-bridge": BridgeRecipe,
         "fashion-dit": DiffusionRecipe,
         "fashion-exits": ExitsRecipe,
         "fashion-gears": ExitsRecipe,
         "fashion-ensemble": MembersRecipe,
         "fashion-bridge": BridgeRecipe,
+        "fashion-bridge-study": StudyRecipe,
+        "fashion-student": DistillRecipe,
     }
     assert {p.stem for p in folder.glob("*.toml")} == set(kinds)
     for name, kind in kinds.items():
-        assert read_recipe(folder / f"{name}.toml", kind).name.startswith("fashion")
+        found = read_recipe(folder / f"{name}.toml", kind)
+        if isinstance(found, StudyRecipe):
+            assert all(found.arm(arm, name)[0] in KINDS for arm in found.arms)
+        else:
+            assert found.name.startswith(name.split("-")[0])

@@ -1,4 +1,4 @@
-"""`offramp train`: the four commands in order at toy size leave a folder that serves."""
+"""`offramp train`: every command in order at toy size leave a folder that serves."""
 
 import json
 import struct
@@ -19,8 +19,21 @@ RECIPES = {
     "[gears]\nfull = 1.0\neco = 0.5\n" + OPTIM.format("explore") + OPTIM.format("optim"),
     "members": 'name = "ens"\nlabels = ["a", "b"]\nmembers = 3\nimages = 40\nbf16 = false\n'
     "[network]\nclasses = 2\nwidth = 8\n" + OPTIM.format("optim") + 'algorithm = "sgd"\n',
-    "bridge": 'name = "bri"\nensemble = "ens"\npasses = 1\nseeds = 2\n'
-    "[network]\ntap_channels = 8\nclasses = 2\nsteps = 2\n" + OPTIM.format("optim"),
+    "bridge": 'name = "bri"\nensemble = "ens"\nseeds = 2\npair_teachers = [[0, 1], [0, 2]]\n'
+    "[transfer]\nrows = 60\nseen = 0.4\nheld_out = 0.3\ngenerated = 0.3\ngenerator = 'gen'\npool = 12\nsteps = 2\n"
+    "ods_share = 0.5\n[network]\ntap_channels = 8\nclasses = 2\nsteps = 2\nfeatures = 32\n"
+    + OPTIM.format("optim")
+    + OPTIM.format("distill")
+    + "[curve]\nbf16 = false\n"
+    + OPTIM.format("curve.optim")
+    + 'algorithm = "sgd"\n',
+    "distill": 'name = "stu"\nensemble = "ens"\nseeds = 2\nbf16 = false\n[transfer]\nrows = 60\nods_share = 1.0\n'
+    "[network]\nclasses = 2\nwidth = 8\n" + OPTIM.format("optim"),
+    "compare": 'kind = "mse"\n[base]\nname = "study"\nensemble = "ens"\nseeds = 2\n[base.transfer]\nrows = 40\n'
+    "[base.network]\ntap_channels = 8\nclasses = 2\n"
+    + OPTIM.format("base.optim")
+    + OPTIM.format("base.distill")
+    + "[arms.as-it-is]\n[arms.late.network]\ntap_channels = 0\nfeatures = 32\n",
 }
 
 
@@ -44,8 +57,17 @@ def test_trained_in_order_they_serve(data, tmp_path):
         done = CliRunner().invoke(app, args, catch_exceptions=False)
         assert done.exit_code == 0, done.output
         summary = json.loads(done.stdout.strip().splitlines()[-1])
-        assert summary["model"] in {"base", "gen", "ens", "bri"}
+        assert summary.get("model", "study") in {"base", "gen", "ens", "bri", "stu", "study"}
+    assert set(summary["arms"]) == {"as-it-is", "late"}
+    assert all(len(nll) == 2 and np.isfinite(nll).all() for nll in summary["arms"].values())
     assert [gear.name for gear in load_generator(out / "base", 1, "cpu").info.gears] == ["full"]
     generator = load_generator(out / "gen", 1, "cpu").info
     assert (generator.default_gear, generator.gears[1].schedule.weights) == ("eco", generator.weights)
-    assert set(load_classifier(out / "ens", 1, "cpu").info.methods) == {"single", "bridge", "ensemble"}
+    assert set(load_classifier(out / "ens", 1, "cpu").info.methods) == {
+        "single",
+        "bridge",
+        "bridges",
+        "bridge_network",
+        "distilled",
+        "ensemble",
+    }
