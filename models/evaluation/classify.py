@@ -1,195 +1,31 @@
 """Evaluate a classifier: every method raw and calibrated, beside deep ensembles of every size.
 
-Definitions: design.md of the house, after Ashukha et al. (ICLR 2020) for DEE. Temperatures are fitted on
-the selection half of validation, on the averaged probabilities; the test set is touched by no choice.
+DEE, the deep ensemble equivalent, is after Ashukha et al. (ICLR 2020). Temperatures are fitted on the selection half
+of validation, on the averaged probabilities; the test set is touched by no choice.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
 
 from models.api import ClassifiedRow, ClassifyWork
-from models.backbones.bridge import BridgeNetwork
-from models.backbones.resnet import ResNet
-from models.bridge.process import TEMPERATURE
-from models.bridge.sample import run_bridge
-from models.evaluation.metrics import accuracy, brier, deep_ensemble_equivalent, ece
-from models.evaluation.turns import alternate
+from models.evaluation.carried import Call, Carried, load_carried
+from models.evaluation.ensembles import load_pool, rows_of_ensembles
+from models.evaluation.metrics import deep_ensemble_equivalent, interval, spearman
+from models.evaluation.score import Answers, Floats, Labels, Row, Score, ranked, score
+from models.evaluation.uncertainty import Study
 from models.store import read_config
-from models.tasks.classifier import bridge_folder, load_bridge_network, load_classifier, load_members, to_pixels
+from models.tasks.classifier import to_pixels
 from models.tasks.classify import ClassifyTask
 from models.training.data import Images, Split, Splits
-from models.uncertainty.scores import fit_temperature, log_softmax, mean_log_probability, nll, soften
+from models.uncertainty.scores import among_members, entropy, log_softmax, soften
 
-Floats = NDArray[np.float64]
-WORTH_MORE_STEPS = 0.002  # nats of validation NLL that a bridge must gain to be served with all its steps
-
-
-@dataclass(frozen=True)
-class Score:
-    """One method on the test set; `temperature` was fitted on validation, c: at it."""
-
-    acc: float
-    nll: float
-    brier: float
-    ece: float
-    temperature: float
-    cnll: float
-    cbrier: float
-    cece: float
-
-
-def score(selection: tuple[Floats, NDArray[np.int64]], test: tuple[Floats, NDArray[np.int64]]) -> Score:
-    """Score log probabilities (N, K): the temperature from `selection`, the metrics from `test`."""
-    temperature = fit_temperature(*selection)
-    log_p, labels = test
-    raw, calibrated = soften(log_p, 1.0), soften(log_p, temperature)
-    return Score(
-        acc=accuracy(raw, labels),
-        nll=nll(raw, labels),
-        brier=brier(raw, labels),
-        ece=ece(raw, labels),
-        temperature=temperature,
-        cnll=nll(calibrated, labels),
-        cbrier=brier(calibrated, labels),
-        cece=ece(calibrated, labels),
-    )
-
-
-def mean_score(scores: list[Score]) -> Score:
-    """Field by field."""
-    return Score(*(float(np.mean(values)) for values in zip(*(vars(s).values() for s in scores), strict=True)))
-
-
-@torch.inference_mode()
-def member_log_probabilities(members: list[ResNet], split: Split) -> Floats:
-    """(N, M, K) float64."""
-    parts = []
-    for i in range(0, len(split), 1000):
-        x = to_pixels(split.images[i : i + 1000])
-        parts.append(torch.stack([m(x) for m in members], 1).double().numpy())
-    return log_softmax(np.concatenate(parts))
-
-
-@torch.inference_mode()
-def bridge_log_probabilities(source: ResNet, network: BridgeNetwork, split: Split, evaluations: int) -> Floats:
-    """(N, K) float64 log probabilities of a bridge on the source's tap."""
-    parts = []
-    for i in range(0, len(split), 1000):
-        tap = source.tap(to_pixels(split.images[i : i + 1000]))
-        features = source.features(tap)
-        parts.append(run_bridge(network, tap, source.fc(features), evaluations, TEMPERATURE, features).double().numpy())
-    return log_softmax(np.concatenate(parts))
-
-
-def variants(networks: dict[str, nn.Module]) -> dict[str, tuple[BridgeNetwork, int]]:
-    """Ways to run each network: at one evaluation and, when it has more steps, at all of them."""
-    ways: dict[str, tuple[BridgeNetwork, int]] = {}
-    for name, network in networks.items():
-        assert isinstance(network, BridgeNetwork)
-        for evaluations in sorted({1, network.config.steps}):
-            ways[f"{name} x{evaluations}"] = network, evaluations
-    return ways
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What validation chose: config entries of the bridge folder, and calibrated NLL of every variant."""
-
-    config: dict[str, Any]
-    scores: dict[str, float]
-
-
-def choose_bridge(networks: dict[str, nn.Module], ensemble: Path, selection: Split) -> Chosen:
-    """Pick the bridge by calibrated NLL on validation; one evaluation unless all its steps are worth their cost.
-
-    Candidates are `bridge-<seed>`; regressors and the logit input are scored beside.
-    """
-    source = load_members(ensemble)[0]
-    scores, temperatures = {}, {}
-    for name, (network, evaluations) in variants(networks).items():
-        log_p = bridge_log_probabilities(source, network, selection, evaluations)
-        temperatures[name] = fit_temperature(log_p, selection.labels)
-        scores[name] = nll(soften(log_p, temperatures[name]), selection.labels)
-    best = min((n for n in scores if n.startswith("bridge") and n.endswith("x1")), key=lambda n: scores[n])
-    network, evaluations = variants(networks)[best]
-    whole = best.replace("x1", f"x{network.config.steps}")
-    if scores[best] - scores[whole] > WORTH_MORE_STEPS:
-        best, evaluations = whole, network.config.steps
-    entry = {"networks": [best.split(" ")[0]], "evaluations": evaluations, "source_weight": 0.0}
-    tables = {
-        name: {"kind": name.split("-")[0], "network": vars(n.config)}
-        for name, n in networks.items()
-        if isinstance(n, BridgeNetwork)
-    }
-    config = {
-        "softening": TEMPERATURE,
-        "networks": tables,
-        "serve": {"bridge": entry | {"temperature": temperatures[best]}},
-    }
-    return Chosen(config, scores)
-
-
-def calibrate(ensemble: Path, selection: Split) -> dict[str, float]:
-    """Validation temperatures of `single` and `ensemble`."""
-    log_p = member_log_probabilities(load_members(ensemble), selection)
-    return {
-        "single": fit_temperature(log_p[:, 0], selection.labels),
-        "ensemble": fit_temperature(mean_log_probability(log_p), selection.labels),
-    }
-
-
-def measure_times(runs: dict[str, Callable[[], Any]], repeats: int = 15) -> dict[str, float]:
-    """Seconds of each, the fastest of turns that alternate, so that neighbours on the machine matter little."""
-    return {name: float(values.min()) for name, values in alternate(runs, repeats).items()}
-
-
-@torch.inference_mode()
-def time_methods(ensemble: Path, batch: int = 64) -> dict[str, float]:
-    """Measured time of every row of the table relative to the source, at `batch` images."""
-    classifier = load_classifier(ensemble)
-    height, width, channels = classifier.config["image"]
-    x, members = torch.rand(batch, channels, height, width), classifier.members
-
-    def run_members(m: int) -> Any:
-        return [member(x) for member in members[:m]]
-
-    runs: dict[str, Callable[[], Any]] = {"source": lambda: members[0](x)}
-    for m in range(2, len(members) + 1):
-        runs[f"DE-{m}"] = partial(run_members, m)
-    if (bridge := classifier.bridge) is not None:
-
-        def bridged(evaluations: int) -> Any:
-            tap = members[0].tap(x)
-            features = members[0].features(tap)
-            return run_bridge(network, tap, members[0].fc(features), evaluations, bridge.softening, features)
-
-        network = next(iter(bridge.networks.values()))
-        for evaluations in {1, network.config.steps}:
-            runs[f"bridge x{evaluations}"] = partial(bridged, evaluations)
-    seconds = measure_times(runs)
-    return {name: value / seconds["source"] for name, value in seconds.items()}
-
-
-def costs_by_row(ensemble: Path) -> dict[str, float]:
-    """Conv + linear MACs of every row of the table relative to the source."""
-    classifier = load_classifier(ensemble)
-    costs = {"source": 1.0, "source at T*": 1.0} | {f"DE-{m}": float(m) for m in range(1, len(classifier.members) + 1)}
-    if classifier.bridge is not None:
-        light = (classifier.costs()["bridge"] - 1.0) / len(classifier.plans()["bridge"].calls)
-        steps = next(iter(classifier.bridge.networks.values())).config.steps
-        costs |= {"bridge x1": 1 + light, f"bridge x{steps}": 1 + steps * light, "mse x1": 1 + light}
-    return costs
+GOALS = (3, 5)  # sizes of deep ensembles whose gain over the source is recovered by some share
 
 
 def classify_images(task: ClassifyTask, method: str, images: Images) -> list[ClassifiedRow]:
@@ -207,55 +43,149 @@ def classify_images(task: ClassifyTask, method: str, images: Images) -> list[Cla
     return rows
 
 
-def evaluate(ensemble: Path, splits: Splits) -> dict[str, Any]:
-    """Everything the table shows: rows by method, DE curve, share of the gap recovered with its interval."""
-    selection, test = splits.selection, splits.test
-    members = load_members(ensemble)
-    val_p, test_p = (member_log_probabilities(members, s) for s in (selection, test))
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A split's log probabilities of the whole pool (N, M, K) and of every call (N, K); spreads (N,) by network."""
 
-    def ensemble_score(which: tuple[int, ...]) -> Score:
-        val, tst = (mean_log_probability(p[:, list(which)]) for p in (val_p, test_p))
-        return score((val, selection.labels), (tst, test.labels))
+    members: Floats
+    calls: dict[Call, Floats]
+    spreads: dict[str, Floats]
 
-    m = len(members)
-    ensembles = {
-        size: mean_score([ensemble_score(w) for w in itertools.combinations(range(m), size)])
-        for size in range(1, m + 1)
+
+@torch.inference_mode()
+def look(pool: list[Any], carried: Carried, split: Split, known: Floats | None = None, batch: int = 1000) -> Seen:
+    """Run every network once on a split, the source's tap shared; members whose logits (N, m, K) are `known` do not."""
+    ran, source = 0 if known is None else known.shape[1], pool[0]
+    members: list[torch.Tensor] = []
+    calls = [*carried.calls, *((name, 1) for name in carried.spreads)]
+    outputs: dict[Call, list[torch.Tensor]] = {call: [] for call in calls}
+    for i in range(0, len(split), batch):
+        x = to_pixels(split.images[i : i + batch])
+        tap = source.tap(x)
+        late = source.features(tap)
+        logits = source.fc(late)
+        rest = [logits if m is source else m(x) for m in pool[ran:]]
+        members.append(torch.stack(rest, 1) if rest else torch.empty(len(x), 0, logits.shape[1]))
+        for (name, evaluations), parts in outputs.items():
+            parts.append(carried.run(name, evaluations, x, tap, late, logits))
+    z = {call: torch.cat(parts).double().numpy() for call, parts in outputs.items()}
+    fresh = torch.cat(members).double().numpy()
+    return Seen(
+        members=log_softmax(fresh if known is None else np.concatenate([known, fresh], 1)),
+        calls={call: log_softmax(z[call]) for call in carried.calls},
+        spreads={name: z[name, 1][:, 0] for name in carried.spreads},
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What the table shows. `dee` calibrated and `dee_raw` by row; `recovered` by row and goal ("DE-3"): the share of
+    the calibrated-NLL gap from the source to that ensemble; `curve`: calibrated NLL of DE-m by m."""
+
+    rows: dict[str, Row]
+    dee: dict[str, dict[str, float]]
+    dee_raw: dict[str, dict[str, float]]
+    recovered: dict[str, dict[str, dict[str, float]]]
+    curve: dict[int, float]
+    spread: dict[str, Any] = field(default_factory=dict)
+
+    def json(self) -> dict[str, Any]:
+        """All of it, plain."""
+        return {**vars(self), "rows": {name: row.summary() for name, row in self.rows.items()}}
+
+
+def evaluate(
+    ensemble: Path,
+    splits: Splits,
+    foreign: Split | None = None,
+    found: Study | None = None,
+    carried: Carried | None = None,
+) -> Evaluation:
+    """Score every method of an ensemble folder and the folders beside it; the served cascade too where a study of the
+    same splits is `found`, whose members are not run again."""
+    pool, served = load_pool(ensemble), len(read_config(ensemble, "ensemble")["members"])
+    carried = load_carried(ensemble) if carried is None else carried
+    parts = {"selection": splits.selection, "test": splits.test} | ({} if foreign is None else {"foreign": foreign})
+    seen = {}
+    for name, split in parts.items():
+        outputs = getattr(found, name) if found else None
+        seen[name] = look(pool, carried, split, outputs.logits if outputs else None)
+    members = Answers(**{name: s.members for name, s in seen.items()})
+
+    def scored(answers: Answers) -> Score:
+        return score(answers, splits.selection.labels, splits.test.labels)
+
+    rows = rows_of_ensembles(members, served, scored)
+    answered = {
+        name: [Answers(**{k: way.combine(s.calls, s.members[:, 0]) for k, s in seen.items()}) for way in ways]
+        for name, ways in carried.rows.items()
     }
-    source = ensemble_score((0,))
-    softened = [log_softmax(mean_log_probability(p[:, :1]) / source.temperature) for p in (val_p, test_p)]
-    at_best = score((softened[0], selection.labels), (softened[1], test.labels))
-    rows: dict[str, list[Score]] = {
-        "source": [source],
-        "source at T*": [at_best],
-        **{f"DE-{k}": [v] for k, v in ensembles.items()},
-    }
-    beside = bridge_folder(ensemble)
-    if beside is not None:
-        config = read_config(beside, "bridge")
-        networks: dict[str, nn.Module] = {
-            name: load_bridge_network(beside, config, name) for name in config["networks"]
-        }
-        for name, (network, evaluations) in variants(networks).items():
-            val, tst = (bridge_log_probabilities(members[0], network, s, evaluations) for s in (selection, test))
-            kind = f"{config['networks'][name.split(' ')[0]]['kind']} x{evaluations}"
-            rows.setdefault(kind, []).append(score((val, selection.labels), (tst, test.labels)))
-    curve = {k: v.cnll for k, v in ensembles.items()}
-    gap = source.cnll - curve[3]
+    rows |= {name: Row([scored(answers) for answers in runs]) for name, runs in answered.items()}
+    if found and "cascade" in found.test.p:
+        rows["cascade"] = Row([scored(served_answers(found, "cascade", parts))])
+    spread = spreads(seen, splits.test.labels, served, rows["source"].scores[0].temperature)
+    return compared(rows, served, spread)
+
+
+def served_answers(found: Study, method: str, parts: dict[str, Split]) -> Answers:
+    """A served method's log probabilities, calibrated as they are."""
+    return Answers(**{name: np.log(np.maximum(getattr(found, name).p[method], 1e-12)) for name in parts})
+
+
+def compared(rows: dict[str, Row], served: int, spread: dict[str, Any] | None = None) -> Evaluation:
+    """Set every row against the deep ensembles; DE-m and its curve are averaged over subsets first."""
+
+    def mean(name: str, what: str) -> float:
+        return float(np.mean([getattr(s, what) for s in rows[name].scores]))
+
+    curves = {what: {m: mean(f"DE-{m}", what) for m in range(1, served + 1)} for what in ("nll", "cnll")}
+    source, goals = mean("source", "cnll"), [m for m in GOALS if m <= served]
+
+    def dee(name: str, what: str) -> dict[str, float]:
+        row = rows[name]
+        values = [mean(name, what)] if row.subsets else [getattr(s, what) for s in row.scores]
+        return interval([deep_ensemble_equivalent(v, curves[what]) for v in values]) if served > 1 else {}
+
     recovered = {
-        kind: interval([(source.cnll - s.cnll) / gap for s in scores])
-        for kind, scores in rows.items()
-        if kind.startswith(("bridge", "mse"))
+        name: {
+            f"DE-{m}": interval([(source - s.cnll) / (source - curves["cnll"][m]) for s in row.scores]) for m in goals
+        }
+        for name, row in rows.items()
+        if not row.subsets and not name.startswith("source")
     }
-    dee = {kind: interval([deep_ensemble_equivalent(s.cnll, curve) for s in scores]) for kind, scores in rows.items()}
-    return {"rows": rows, "dee": dee, "recovered": recovered, "curve": curve}
+    return Evaluation(
+        rows=rows,
+        dee={name: dee(name, "cnll") for name in rows},
+        dee_raw={name: dee(name, "nll") for name in rows},
+        recovered=recovered,
+        curve=curves["cnll"],
+        spread=spread or {},
+    )
 
 
-def interval(values: list[float]) -> dict[str, float]:
-    """Mean, standard error and 95 % t-interval of a few seeds."""
-    t95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-    n, mean = len(values), float(np.mean(values))
-    if n not in t95:
-        return {"mean": mean, "n": n}
-    se = float(np.std(values, ddof=1) / np.sqrt(n))
-    return {"mean": mean, "se": se, "low": mean - t95[n] * se, "high": mean + t95[n] * se, "n": n}
+def spreads(seen: dict[str, Seen], labels: Labels, served: int, temperature: float) -> dict[str, Any]:
+    """What networks that predict the served members' mutual information are worth on test images, beside it and the
+    source's entropy at its best temperature: rank correlation with the truth, AUROC of the source's errors and of
+    foreign images. Empty without such networks."""
+    test, foreign = seen["test"], seen.get("foreign")
+    if not test.spreads:
+        return {}
+    wrong = test.members[:, 0].argmax(-1) != labels
+    truth = among_members(test.members[:, :served])["mutual_information"]
+
+    def worth(own: Floats, away: Floats | None) -> dict[str, float]:
+        found = {"rho": spearman(own, truth), "errors": ranked(own[wrong], own[~wrong])}
+        return found if away is None else {**found, "foreign": ranked(away, own)}
+
+    def unsure(s: Seen) -> Floats:
+        return entropy(soften(s.members[:, 0], temperature))
+
+    def disagreement(s: Seen) -> Floats:
+        return among_members(s.members[:, :served])["mutual_information"]
+
+    runs = [worth(own, foreign.spreads[name] if foreign else None) for name, own in test.spreads.items()]
+    return {
+        "predicted": {key: interval([run[key] for run in runs]) for key in runs[0]},
+        "entropy": worth(unsure(test), unsure(foreign) if foreign else None),
+        "true": worth(disagreement(test), disagreement(foreign) if foreign else None),
+    }

@@ -11,11 +11,14 @@ import typer
 from models.evaluation import classify as classifiers
 from models.evaluation import generate as generators
 from models.evaluation import studies
-from models.evaluation.report import classify_table, find, gears_table, provenance, write_card
-from models.evaluation.uncertainty import rankings, study
+from models.evaluation.carried import load_carried
+from models.evaluation.classify_report import classify_table
+from models.evaluation.costs import BATCHES, Counter, cost_of_cascade, costs_of
+from models.evaluation.report import find, gears_table, provenance, write_card
+from models.evaluation.uncertainty import study
 from models.evaluation.uncertainty_report import draw, report
 from models.store import read_config, write_json
-from models.tasks.classifier import bridge_folder, load_classifier
+from models.tasks.classifier import folder_beside, load_classifier
 from models.tasks.contracts import write_calibration
 from models.training.data import read, splits
 
@@ -58,33 +61,30 @@ def classify(
     `--write` also fits decisions, prediction sets and the cascade on validation, and keeps them with the model.
     """
     folder = find(model)
-    classifier = load_classifier(folder)
-    found = study(classifier, splits(data), read(ood, "test") if ood else None, risk)
-    result = classifiers.evaluate(folder, splits(data))
-    times = classifiers.time_methods(folder)
-    costs = classifiers.costs_by_row(folder)
-    ranked = {method: rankings(found, method)["entropy"] for method in found.methods}
-    detection = {method: r.foreign for method, r in ranked.items()} if ood else {}
+    classifier, carried = load_classifier(folder), load_carried(folder)
+    parts, foreign = splits(data), read(ood, "test") if ood else None
+    found = study(classifier, parts, foreign, risk)
+    made = classifiers.evaluate(folder, parts, foreign, found, carried)
+    counter = Counter(classifier.members, carried, tuple(classifier.config["image"]))
+    costs = costs_of(counter)
+    if (cascade := cost_of_cascade(counter, classifier, found)) is not None:
+        costs["cascade"] = cascade
     where = provenance()
-    table = classify_table(result, costs, times, detection, where)
-    more = report(found, classifier)
+    table, more = classify_table(made, costs, where), report(found, classifier)
     print(table, more, sep="\n\n")
     for path in draw(found, plots) if plots else []:
         print(f"wrote {path}")
     if write:
-        served = {"single": "source", "ensemble": f"DE-{len(read_config(folder)['members'])}"}
-        config = read_config(folder)
-        beside = bridge_folder(folder)
-        if beside is not None:
-            write_card(beside, table)
-        if classifier.bridge is not None:
-            served["bridge"] = f"bridge x{classifier.bridge.evaluations}"
         write_calibration(folder, classifier, found.calibration)
-        config["times"] = {method: round(times[name], 2) for method, name in served.items()}
-        write_json(folder / "config.json", config)
+        times = {method: round(costs[row].times[BATCHES[0]], 2) for method, row in carried.served.items()}
+        times |= {"single": 1.0, "ensemble": round(costs[f"DE-{len(classifier.members)}"].times[BATCHES[0]], 2)}
+        write_json(folder / "config.json", {**read_config(folder), "times": times})
         write_card(folder, f"{table}\n\n{more}")
-    summary = {k: result[k] for k in ("dee", "recovered", "curve")}
-    print(json.dumps({"model": folder.name, **summary, "times": times, "auroc": detection, **where}))
+        for beside in (folder_beside(folder, "bridge"), folder_beside(folder, "student")):
+            if beside is not None:
+                write_card(beside, table)
+    paid = {name: vars(cost) for name, cost in costs.items()}
+    print(json.dumps({"model": folder.name, **made.json(), "costs": paid, **where}))
 
 
 app.command()(studies.schedules)

@@ -1,8 +1,9 @@
-"""Evaluation metrics of classifiers and generators. Numpy only."""
+"""Evaluation metrics of classifiers and generators, and what their errors are. Numpy only."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,13 +34,52 @@ def ece(p: Floats, labels: NDArray[np.int64], bins: int = 15) -> float:
     return float(gap)
 
 
+def ranks(values: Floats) -> Floats:
+    """Ranks 1..N of (N,); equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2.0)[inverse]
+
+
 def auroc(positive: Floats, negative: Floats) -> float:
     """Probability that a positive score exceeds a negative one, ties half (Mann-Whitney)."""
-    both = np.concatenate([positive, negative])
-    _, inverse, counts = np.unique(both, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2.0)[inverse]
     n, m = len(positive), len(negative)
-    return float((ranks[:n].sum() - n * (n + 1) / 2.0) / (n * m))
+    return float((ranks(np.concatenate([positive, negative]))[:n].sum() - n * (n + 1) / 2.0) / (n * m))
+
+
+def spearman(a: Floats, b: Floats) -> float:
+    """Rank correlation of (N,) and (N,) in -1..1, ties by mean rank; NaN where one of them is constant."""
+    x, y = (r - r.mean() for r in (ranks(a), ranks(b)))
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale else float("nan")
+
+
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """Mean of a few runs and, of two to five, its standard error and 95 % t-interval."""
+    t95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+    n, mean = len(values), float(np.mean(values))
+    if n not in t95:
+        return {"mean": mean, "n": n}
+    se = float(np.std(values, ddof=1) / np.sqrt(n))
+    return {"mean": mean, "se": se, "low": mean - t95[n] * se, "high": mean + t95[n] * se, "n": n}
+
+
+def over_subsets(values: Sequence[float], subsets: Sequence[tuple[int, ...]], n: int) -> dict[str, float]:
+    """Mean over subsets of a pool of `n`, and its standard error by leaving out one of the pool at a time.
+
+    Subsets overlap, so their scatter says too little; the jackknife of U-statistics (Arvesen, Annals of Mathematical
+    Statistics 1969) counts what is independent, the members. No error where some member is in every subset.
+
+    Args:
+        values: one figure for each subset.
+        subsets: indices below `n`.
+        n: size of the pool.
+    """
+    found = {"mean": float(np.mean(values)), "n": len(values)}
+    without = [[v for v, s in zip(values, subsets, strict=True) if i not in s] for i in range(n)]
+    if n < 2 or not all(without):
+        return found
+    left = np.array([np.mean(kept) for kept in without])
+    return {**found, "se": float(np.sqrt((n - 1) / n * ((left - left.mean()) ** 2).sum()))}
 
 
 def deep_ensemble_equivalent(value: float, curve: dict[int, float]) -> float:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from models.evaluation.classify import mean_score
 from models.evaluation.timing import Ratio, Timing
 from models.store import ZOO, StoreError
 
@@ -91,65 +90,6 @@ def timing_table(timing: Timing) -> str:
         f"{markdown(header, rows)}\n\nMilliseconds of one network call, median of turns, one torch thread; a guided "
         f"image is two rows. A call on n rows takes about as long as one on max({timing.saturation:.1f}, n)."
     )
-
-
-def spread(found: dict[str, float] | None) -> str:
-    """Mean, with the standard error where there are seeds."""
-    if found is None:
-        return ""
-    error = f" ± {found['se']:.2f}" if "se" in found else ""
-    return f"{found['mean']:.2f}{error}"
-
-
-def classify_table(
-    result: dict[str, Any],
-    costs: dict[str, float],
-    times: dict[str, float],
-    detection: dict[str, float],
-    where: dict[str, str],
-) -> str:
-    """One row per method; several seeds are averaged."""
-    rows = []
-    for name, scores in result["rows"].items():
-        s = mean_score(scores)
-        timed = times.get("bridge x1" if name == "mse x1" else name, 1.0)
-        rows.append(
-            [
-                name + (f" ({len(scores)} seeds)" if len(scores) > 1 else ""),
-                f"{100 * s.acc:.2f}",
-                f"{s.nll:.4f}",
-                f"{s.cnll:.4f}",
-                f"{s.brier:.4f}",
-                f"{s.cbrier:.4f}",
-                f"{s.ece:.3f}",
-                f"{s.cece:.3f}",
-                f"{s.temperature:.2f}",
-                spread(result["dee"][name]),
-                spread(result["recovered"].get(name)),
-                f"{costs[name]:.2f}",
-                f"{timed:.2f}",
-            ]
-        )
-    header = ["method", "ACC", "NLL", "cNLL", "Brier", "cBrier", "ECE", "cECE", "T*", "DEE", "gap to DE-3 recovered"]
-    header += ["MACs", "time"]
-    table = markdown(header, rows)
-    interval = result["recovered"].get("bridge x1", {})
-    notes = []
-    if "low" in interval:
-        notes.append(
-            f"Bridge at one evaluation recovers {interval['mean']:.1%} of the calibrated-NLL gap from the source to "
-            f"DE-3, 95 % interval [{interval['low']:.1%}, {interval['high']:.1%}] over {interval['n']} seeds."
-        )
-    if detection:
-        scores = ", ".join(f"{k} {v:.3f}" for k, v in detection.items())
-        notes.append(f"AUROC of entropy, out-of-distribution against test images: {scores}.")
-    notes.append(
-        "c: at the method's own validation temperature T*. DE-m is averaged over all subsets of the members (the "
-        "largest is one ensemble). x1, x5: network calls of the bridge; the regressor is the same network, its time "
-        "was not measured apart. MACs and time are relative to the source, time at batch 64, the fastest of 15 turns. "
-        f"{origin(where)}"
-    )
-    return table + "\n\n" + " ".join(notes)
 
 
 def write_card(folder: Path, table: str, command: str = "offramp eval --write") -> None:

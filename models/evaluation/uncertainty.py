@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from models.bridge.sample import run_bridge
-from models.evaluation.classify import measure_times
 from models.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from models.evaluation.metrics import auroc, brier
 from models.evaluation.served import Outputs, calibrate, run
+from models.evaluation.turns import measure_times
 from models.registry import METHODS
 from models.tasks.classifier import Classifier
 from models.tasks.classify import running_costs

@@ -10,7 +10,7 @@ import typer
 
 from models.api import ExitSchedule
 from models.backbones.bridge import BridgeNetwork
-from models.evaluation.classify import calibrate
+from models.evaluation.choose import calibrate
 from models.evaluation.report import find, provenance
 from models.solvers.process import Cosine, from_config
 from models.store import read_config, write_json, write_model

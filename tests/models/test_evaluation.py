@@ -23,14 +23,17 @@ from models.evaluation.timing import saturation
 from models.store import StoreError, read_json, write_model
 from models.tasks.gears import read_gears, write_gears
 from models.training.diffusion import model_config
-from tests.models.classifiers import LABELS, make_zoo
+from tests.models.classifiers import LABELS
+from tests.models.ensemble_folders import make_bridges, make_ensemble, make_students
 from tests.models.test_generate_task import latent_task
 
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
     root = tmp_path_factory.mktemp("zoo")
-    make_zoo(root)
+    ensemble = make_ensemble(root, size=28, pool=1)
+    make_bridges(ensemble)
+    make_students(ensemble)
     torch.manual_seed(0)
     shape = DiTConfig(width=32, depth=3, heads=2, classes=3, time_features=16)
     network = DiT(shape)
@@ -199,15 +202,28 @@ def test_the_exit_is_one_step_late_and_thresholds_move_it():
 def test_classify_measures_every_method(zoo, data):
     output, summary = run("classify", zoo / "toy", "--data", data, "--ood", data, "--write", "--plots", zoo / "plots")
     assert {path.name for path in (zoo / "plots").iterdir()} == {"reliability.png", "risk-coverage.png"}
-    assert set(read_json(zoo / "toy" / "calibration.json")["methods"]) == {"single", "bridge", "ensemble"}
+    methods = set(read_json(zoo / "toy" / "calibration.json")["methods"])
+    assert methods >= {"single", "bridge", "ensemble"}
     assert "### Prediction sets" in (zoo / "toy" / "card.md").read_text()
-    assert "### Prediction sets" not in (zoo / "toy-bridge" / "card.md").read_text()
-    for row in ("source at T*", "DE-2", "DE-3", "bridge x1", "bridge x5"):
-        assert f"| {row} |" in output
+    for beside in ("toy-bridge", "toy-student"):
+        card = (zoo / beside / "card.md").read_text()
+        assert "| DBN x2, corrected (2 seeds) |" in card
+        assert "### Prediction sets" not in card
+    rows = ["source", "source at T*", *(f"DE-{m}" for m in range(1, 6)), "DE-5 served", "cascade", "student"]
+    rows += ["DBN x1, 3 steps", "DBN x1, 1 evaluation", "DBN x1, distilled", "regressor, MSE", "regressor, KL"]
+    rows += ["DBN x2", "DBN x2, corrected", "bridge network"]
+    assert set(summary["rows"]) == set(summary["dee"]) == set(summary["costs"]) == set(rows)
+    for name in rows:
+        assert sum(line.startswith((f"| {name} |", f"| {name} (")) for line in output.splitlines()) >= 2
+        assert {"acc", "cnll", "foreign", "aurc"} <= set(summary["rows"][name])
+    assert [summary["rows"][f"DE-{m}"]["nll"]["n"] for m in range(1, 6)] == [6, 15, 20, 15, 6]
     assert summary["dee"]["DE-2"]["mean"] == pytest.approx(2)
-    assert set(summary["auroc"]) == {"single", "bridge", "ensemble", "cascade"}
-    assert summary["auroc"]["single"] == pytest.approx(0.5)
-    assert set(read_json(zoo / "toy" / "config.json")["times"]) == {"single", "bridge", "ensemble"}
+    assert set(summary["recovered"]["DBN x2"]) == {"DE-3", "DE-5"}
+    assert summary["rows"]["source"]["foreign"]["mean"] == pytest.approx(0.5)
+    assert summary["spread"]["predicted"]["rho"]["n"] == 2
+    times = read_json(zoo / "toy" / "config.json")["times"]
+    assert set(times) == {"single", "bridge", "bridges", "bridge_network", "distilled", "ensemble"}
+    assert times["bridge"] == round(summary["costs"]["DBN x1, distilled"]["times"]["32"], 2)
 
 
 def test_markdown():

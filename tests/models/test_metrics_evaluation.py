@@ -1,7 +1,8 @@
+import itertools
+
 import numpy as np
 import pytest
 
-from models.evaluation.classify import interval
 from models.evaluation.metrics import (
     accuracy,
     auroc,
@@ -10,7 +11,10 @@ from models.evaluation.metrics import (
     ece,
     frechet,
     frechet_interval,
+    interval,
     moments,
+    over_subsets,
+    spearman,
 )
 
 
@@ -58,3 +62,30 @@ def test_t_interval_over_three_seeds():
     assert found["mean"] == 2
     assert found["low"] == pytest.approx(2 - 4.303 / np.sqrt(3))
     assert interval([1.0]) == {"mean": 1.0, "n": 1}
+
+
+def test_spearman_is_the_correlation_of_ranks():
+    rng = np.random.default_rng(0)
+    a = rng.permutation(20).astype(float)
+    b = rng.permutation(20).astype(float)
+    assert spearman(a, b) == pytest.approx(1 - 6 * ((a - b) ** 2).sum() / (20 * (20**2 - 1)))
+    assert spearman(a, np.exp(a)) == pytest.approx(1)
+    assert spearman(a, -(a**3)) == pytest.approx(-1)
+    assert spearman(np.array([1.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(np.sqrt(3) / 2)
+    assert np.isnan(spearman(a, np.ones(20)))
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_the_error_over_subsets_is_that_of_independent_members(size):
+    """A mean over members has the same error however it is cut into subsets."""
+    members = np.random.default_rng(1).normal(size=8)
+    subsets = list(itertools.combinations(range(8), size))
+    found = over_subsets([members[list(s)].mean() for s in subsets], subsets, 8)
+    assert found["mean"] == pytest.approx(members.mean())
+    assert found["se"] == pytest.approx(members.std(ddof=1) / np.sqrt(8))
+    assert found["n"] == len(subsets)
+
+
+def test_one_ensemble_has_no_error():
+    assert over_subsets([0.5], [(0, 1, 2)], 3) == {"mean": 0.5, "n": 1}
+    assert over_subsets([0.5], [(0,)], 1) == {"mean": 0.5, "n": 1}
