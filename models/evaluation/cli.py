@@ -10,6 +10,7 @@ import typer
 
 from models.evaluation import classify as classifiers
 from models.evaluation import generate as generators
+from models.evaluation import robustness as attacked
 from models.evaluation import studies
 from models.evaluation.report import classify_table, find, gears_table, provenance, write_card
 from models.evaluation.uncertainty import rankings, study
@@ -89,3 +90,4 @@ def classify(
 app.command()(studies.schedules)
 app.command()(studies.adaptive)
 app.command("dynamic")(studies.dynamic_exits)
+app.command()(attacked.robustness)

@@ -1,1 +1,1 @@
-"""Adversarial purification: an image noised a little and denoised by our own diffusion model before it is classified."""
+"""Adversarial purification: noise an image a little, denoise it with our own diffusion model, classify that."""
