@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -91,7 +92,8 @@ def robustness(
     method: Annotated[str, typer.Option(help="Classifiers attacked, comma-separated.")] = "single,bridge,ensemble",
     n: Annotated[int, typer.Option(min=8, help="Test images attacked.")] = 256,
     screened: Annotated[int, typer.Option(min=8, help="Selection images that choose the dose.")] = 128,
-    us: Annotated[str, typer.Option(help="Diffusion times tried.")] = "0.05,0.1,0.15,0.2,0.3,0.4",
+    us: Annotated[str, typer.Option(help="Diffusion times tried.")] = "0.1,0.2,0.3,0.4,0.5",
+    dose: Annotated[str, typer.Option(help="u,steps,draws: this dose, and none is tried.")] = "",
     radius: Annotated[int, typer.Option(min=1, max=255, help="l-infinity radius, in levels of 255.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="PGD steps, each a quarter of the radius.")] = 20,
     eot: Annotated[int, typer.Option(min=1, max=16, help="Draws of noise averaged in one gradient.")] = 4,
@@ -111,34 +113,51 @@ def robustness(
 
     test = pick(found.test, n, seed)
     macs = count_macs(member, lambda: member(test.x[:1]))
-    screen = pick(found.selection, screened, seed)
-    tried, dose = choose(known["single"], make, screen, ball, macs, [float(u) for u in us.split(",") if u])
-    print(trials_table(tried, dose, screened), end="\n\n", flush=True)
-    purifier, costs = make(dose), classifier.costs()
-    seconds = alternate(
-        {"single": lambda: right(known["single"], None, test), "pure": lambda: right(known["single"], purifier, test)},
-        3,
-    )
-    time = float(seconds["pure"].min() / seconds["single"].min())
-    rows, summary = [], {}
+    tried, given = [], read_dose(dose) if dose else None
+    if given is None:
+        screen = pick(found.selection, screened, seed)
+        tried, given = choose(known["single"], make, screen, ball, macs, [float(u) for u in us.split(",") if u])
+        print(trials_table(tried, given, screened), end="\n\n", flush=True)
+    purifier, costs, summary = make(given), classifier.costs(), {}
+    time = slowdown(known["single"], purifier, test)
+    print(markdown(["classifier", "purified", *COLUMNS.values(), "MACs"], []))
     for name in names:
         for behind in (None, purifier):
-            result = (
-                bare(known[name], test, ball, seed)
-                if behind is None
-                else purified(known[name], behind, test, ball, eot, seed)
-            )
-            cost = costs[name] if behind is None else costs[name] * dose.draws + behind.cost(macs)
+            if behind is None:
+                result, cost = bare(known[name], test, ball, seed), costs[name]
+            else:
+                result = purified(known[name], behind, test, ball, eot, seed)
+                cost = costs[name] * given.draws + behind.cost(macs)
             cells = [percent(result[key]) if key in result else "" for key in COLUMNS]
-            rows.append([name, "no" if behind is None else "yes", *cells, f"{cost:.1f}"])
+            line = [name, "yes" if behind else "no", *cells, f"{cost:.1f}"]
+            print("| " + " | ".join(line) + " |", flush=True)
             scores = {key: float(values.mean()) for key, values in result.items()}
-            summary[name if behind is None else f"{name} purified"] = {**scores, "cost": cost}
+            summary[name + (" purified" if behind else "")] = {**scores, "cost": cost}
     where = provenance()
-    print(markdown(["classifier", "purified", *COLUMNS.values(), "MACs"], rows))
-    print(f"\n{how(dose, gear, ball, eot, n, seed)} One purified `single` takes {time:.0f} x its time. {origin(where)}")
+    print(
+        f"\n{how(given, gear, ball, eot, n, seed)} One purified `single` takes {time:.0f} x its time. {origin(where)}"
+    )
     attempts = [{**asdict(t.dose), "clean": t.clean, "robust": t.robust, "cost": t.cost} for t in tried]
-    line = {"model": folder.name, "dose": asdict(dose), "gear": gear, "methods": summary, "time_vs_single": time}
-    print(json.dumps({**line, "trials": attempts, "n": n, "ball": asdict(ball), "eot": eot, "seed": seed, **where}))
+    made = {"model": folder.name, "dose": asdict(given), "gear": gear, "methods": summary, "time_vs_single": time}
+    print(json.dumps({**made, "trials": attempts, "n": n, "ball": asdict(ball), "eot": eot, "seed": seed, **where}))
+
+
+def read_dose(text: str) -> Dose:
+    """A dose written u,steps,draws."""
+    try:
+        u, steps, draws = text.split(",")
+        return Dose(float(u), int(steps), int(draws))
+    except UserError:
+        raise
+    except ValueError:
+        raise UserError(f"--dose: {text!r} is not u,steps,draws, as in 0.3,1,4") from None
+
+
+def slowdown(classify: Classify, purifier: Purifier, images: Images) -> float:
+    """Time of a purified answer relative to the classifier's own, the fastest of three turns."""
+    runs = {"bare": partial(right, classify, None, images), "purified": partial(right, classify, purifier, images)}
+    seconds = alternate(runs, 3)
+    return float(seconds["purified"].min() / seconds["bare"].min())
 
 
 COLUMNS = {
