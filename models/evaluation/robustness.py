@@ -113,7 +113,8 @@ def robustness(
 
     test = pick(found.test, n, seed)
     macs = count_macs(member, lambda: member(test.x[:1]))
-    tried, given = [], read_dose(dose) if dose else None
+    tried: list[Trial] = []
+    given = read_dose(dose) if dose else None
     if given is None:
         screen = pick(found.selection, screened, seed)
         tried, given = choose(known["single"], make, screen, ball, macs, [float(u) for u in us.split(",") if u])

@@ -40,7 +40,7 @@ MOST_DRAWS = 16
 class Dose:
     """How much to purify: diffusion time `u` reached, denoising `steps`, and `draws` of noise averaged over."""
 
-    u: float = 0.15
+    u: float = 0.3
     steps: int = 1
     draws: int = 4
 

@@ -336,5 +336,24 @@ def test_the_command_prints_every_method(zoo, tmp_path):
     made = Purifier.load(zoo / "toy-dit", (28, 28, 1), dose)
     assert summary["methods"]["single purified"]["cost"] > dose.draws
     assert f"u {made.dose.u:g}" in result.output
-    with pytest.raises(UserError, match="--method"):
-        CliRunner().invoke(app, [*told, *few, "--method", "psychic"], catch_exceptions=False)
+    assert Dose(**summary["dose"]) in [Dose(t["u"], t["steps"], t["draws"]) for t in summary["trials"]]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--method", "psychic"), ("--dose", "0.3,1"), ("--dose", "a,b,c"), ("--dose", "0.9,1,1")]
+)
+def test_the_command_names_what_it_cannot_do(zoo, tmp_path, option, value):
+    write_idx(tmp_path)
+    told = ["robustness", str(zoo / "toy"), "--data", str(tmp_path), "--generator", str(zoo / "toy-dit")]
+    with pytest.raises(UserError, match=option if value != "0.9,1,1" else "u must be"):
+        CliRunner().invoke(app, [*told, option, value], catch_exceptions=False)
+
+
+def test_a_given_dose_is_used_untried(zoo, tmp_path):
+    write_idx(tmp_path)
+    told = ["robustness", str(zoo / "toy"), "--data", str(tmp_path), "--generator", str(zoo / "toy-dit")]
+    few = ["--n", "8", "--dose", "0.12,2,3", "--steps", "1", "--method", "single", "--gear", "eco"]
+    result = CliRunner().invoke(app, [*told, *few], catch_exceptions=False)
+    summary = json.loads(result.output.splitlines()[-1])
+    assert (summary["dose"], summary["trials"]) == ({"u": 0.12, "steps": 2, "draws": 3}, [])
+    assert set(summary["methods"]) == {"single", "single purified"}
