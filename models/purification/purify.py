@@ -65,6 +65,7 @@ class Purifier:
 
     Attributes:
         model: unconditional by its null label; states are pixels scaled to [-1, 1].
+        dose: one for all rows; doses that differ need purifiers of their own, which may share `model`.
         schedule: blocks of the network by diffusion time.
     """
 
