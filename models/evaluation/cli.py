@@ -10,6 +10,7 @@ import typer
 
 from models.evaluation import classify as classifiers
 from models.evaluation import generate as generators
+from models.evaluation import robustness as attacked
 from models.evaluation import studies
 from models.evaluation.carried import load_carried
 from models.evaluation.classify_report import classify_table
@@ -90,3 +91,4 @@ def classify(
 app.command()(studies.schedules)
 app.command()(studies.adaptive)
 app.command("dynamic")(studies.dynamic_exits)
+app.command()(attacked.robustness)

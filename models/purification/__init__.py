@@ -1,0 +1,1 @@
+"""Adversarial purification: noise an image a little, denoise it with our own diffusion model, classify that."""
