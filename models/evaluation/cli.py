@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from models.evaluation import classify as classifiers
+from models.evaluation import early_exit_study, studies
 from models.evaluation import generate as generators
-from models.evaluation import studies
 from models.evaluation.report import classify_table, find, gears_table, provenance, write_card
 from models.evaluation.uncertainty import rankings, study
 from models.evaluation.uncertainty_report import draw, report
@@ -89,3 +89,4 @@ def classify(
 app.command()(studies.schedules)
 app.command()(studies.adaptive)
 app.command("dynamic")(studies.dynamic_exits)
+app.command("exits")(early_exit_study.exits)
