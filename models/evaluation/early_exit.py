@@ -7,7 +7,7 @@ temperature of the exit it left at, fitted on the selection images that leave th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,13 +96,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Point:
-    """A candidate on the test set. `gain`: calibrated NLL of the source less its own, paired."""
+    """A candidate on the test set. `gains`: calibrated NLL of served methods less its own, over the same images."""
 
     cost: float
     left: tuple[float, ...]
     accuracy: float
     nll: Estimate
-    gain: Estimate
+    gains: dict[str, Estimate]
     ece: float
 
 
@@ -117,8 +117,8 @@ def mean(losses: Floats) -> float:
     return float(losses.mean())
 
 
-def evaluate(candidate: Candidate, selection: Ints, test: Ints, single: Floats) -> Point:
-    """Temperatures from the selection labels, numbers from the test labels; `single`: the source's losses (N,)."""
+def evaluate(candidate: Candidate, selection: Ints, test: Ints, served: Mapping[str, Floats]) -> Point:
+    """Temperatures from the selection labels, numbers from the test labels; `served`: other methods' losses (N,)."""
     (val, tst), (val_left, left) = candidate.answers, candidate.left
     p = mixture(tst, left, temperatures_by_exit(val, val_left, selection))
     losses = own_losses(p, test)
@@ -127,7 +127,7 @@ def evaluate(candidate: Candidate, selection: Ints, test: Ints, single: Floats) 
         left=tuple(float((left == k).mean()) for k in range(len(tst))),
         accuracy=float((p.argmax(1) == test).mean()),
         nll=bootstrap(mean, losses),
-        gain=bootstrap(mean, single - losses),
+        gains={name: bootstrap(mean, other - losses) for name, other in served.items()},
         ece=ece(p, test),
     )
 

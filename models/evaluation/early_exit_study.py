@@ -41,7 +41,11 @@ class Known:
     labels: tuple[ee.Ints, ee.Ints]
     caches: tuple[Cache, Cache]
     methods: dict[str, Parts]
-    single: ee.Floats
+
+    def losses(self, method: str) -> ee.Floats:
+        """Calibrated losses (N,) of a method on test."""
+        val, tst = self.methods[method]
+        return ee.own_losses(soften(tst, fit_temperature(val, self.labels[0])), self.labels[1])
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,7 @@ def know(classifier: Classifier, found: Splits, exits: Exits) -> Known:
     if (b := classifier.bridge) is not None:
         answers = [bridge_log_probabilities(classifier.members[0], b.network, s, b.evaluations) for s in parts]
         methods["bridge"] = both(answers)
-    temperature = fit_temperature(methods["single"][0], found.selection.labels)
-    single = ee.own_losses(soften(methods["single"][1], temperature), found.test.labels)
-    return Known((parts[0].labels, parts[1].labels), (caches[0], caches[1]), methods, single)
+    return Known((parts[0].labels, parts[1].labels), (caches[0], caches[1]), methods)
 
 
 @torch.inference_mode()
@@ -200,7 +202,8 @@ def study(classifier: Classifier, found: Splits, recipe: HeadsRecipe, prices: li
                 cost = macs.costs([True] * 3).tolist()
                 joint = train_jointly(heads, part, goal, cost, price, recipe, Path(folder) / f"{price:g}")
                 rows.append(gated(name, price, joint, known, source, macs))
-    return [(row, ee.evaluate(row.candidate, *known.labels, known.single)) for row in rows], macs
+    served = {name: known.losses(name) for name in ("single", "bridge") if name in known.methods}
+    return [(row, ee.evaluate(row.candidate, *known.labels, served)) for row in rows], macs
 
 
 def times(rows: list[Row], source: Any, x: Tensor, repeats: int) -> dict[int, float]:
@@ -221,7 +224,7 @@ def exits(
     model: Model,
     data: Data,
     prices: Annotated[str, typer.Option(help="Nats that a forward of the source is worth.")] = "0.02,0.05,0.1",
-    budgets: Annotated[str, typer.Option(help="Mean costs for thresholds.")] = "0.4,0.5,0.6,0.8,1,1.2",
+    budgets: Annotated[str, typer.Option(help="Mean costs for thresholds.")] = "0.4,0.5,0.6,0.8",
     steps: Annotated[int, typer.Option(min=1, help="Steps that heads are trained; gates a third of them.")] = 1200,
     repeats: Annotated[int, typer.Option(min=1, help="Turns of the timing.")] = 9,
     seed: Annotated[int, typer.Option(help="Of heads and gates.")] = 0,
@@ -232,13 +235,14 @@ def exits(
     r = replace(r, optim=replace(r.optim, steps=steps), joint=replace(r.joint, steps=max(1, steps // 3)))
     scored, macs = study(classifier, found, r, _numbers(prices), _numbers(budgets))
     took = times([row for row, _ in scored], classifier.members[0], to_pixels(found.test.images[: 8 * BATCH]), repeats)
-    header = ["heads learn from", "who leaves", "cost", "time", "left at 1 / 2 / end", "ACC", "cNLL", "gain", "ECE"]
+    header = ["heads learn from", "who leaves", "cost", "time", "left at 1 / 2 / end", "ACC", "cNLL", "ECE"]
+    header += [f"gain on {name}" for name in scored[0][1].gains]
     table, summary = [], []
     for i, (row, p) in enumerate(scored):
         left = " / ".join(f"{share:.0%}" for share in p.left) if len(p.left) == 3 else ""
         shown = [f"{p.cost:.2f}", f"{took[i]:.2f}" if i in took else "", left, f"{100 * p.accuracy:.2f}"]
-        errors = [f"{p.nll.value:.4f} ± {p.nll.se:.4f}", f"{p.gain.value:+.4f} ± {p.gain.se:.4f}", f"{p.ece:.3f}"]
-        table.append([row.heads, row.name, *shown, *errors])
+        gains = [f"{gain.value:+.4f} ± {gain.se:.4f}" for gain in p.gains.values()]
+        table.append([row.heads, row.name, *shown, f"{p.nll.value:.4f} ± {p.nll.se:.4f}", f"{p.ece:.3f}", *gains])
         summary.append({"heads": row.heads, "name": row.name, "time": took.get(i), **asdict(p)})
     print(markdown(header, table))
     macs_of = {"stages": macs.stages, "heads": macs.heads, "single": macs.single}

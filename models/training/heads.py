@@ -9,6 +9,7 @@ trained on all images, and gates do not move heads through their inputs.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +82,9 @@ class Exits(nn.Module):
             nn.init.zeros_(parameter)
 
     def pool(self, stage: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C grid^2)."""
-        return F.adaptive_avg_pool2d(stage, self.grid).flatten(1)
+        """(N, C, H, W) -> (N, C grid^2): means of square fields, the last ones cut off where H / grid is no integer."""
+        field = math.ceil(stage.shape[-1] / self.grid)
+        return (F.avg_pool2d(stage, field, ceil_mode=True) if field > 1 else stage).flatten(1)
 
     def gate(self, k: int, logits: Tensor) -> Tensor:
         """Probability (N,) of leaving at exit k from its logits (N, K), which get no gradient."""

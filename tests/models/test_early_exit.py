@@ -219,7 +219,7 @@ def test_the_command_end_to_end(tmp_path, data):  # noqa: F811
     names = {row["name"] for row in rows}
     assert {"single", "bridge", "ensemble", "cascade, 10 % asked", "exit 1 alone", "gates, lambda 0.1"} <= names
     single = next(row for row in rows if row["name"] == "single")
-    assert (single["cost"], single["gain"]["value"]) == (1.0, 0.0)
+    assert (single["cost"], single["gains"]["single"]["value"]) == (1.0, 0.0)
     for row in rows:
         assert sum(row["left"]) == pytest.approx(1.0)
         assert row["nll"]["value"] > 0
