@@ -19,6 +19,7 @@ from models.api import UserError
 from models.evaluation import early_exit as ee
 from models.evaluation.classify import bridge_log_probabilities
 from models.evaluation.report import find, markdown, provenance
+from models.evaluation.studies import Data, numbers
 from models.evaluation.timing import one_thread
 from models.evaluation.turns import alternate
 from models.tasks.classifier import Classifier, load_classifier, to_pixels
@@ -28,7 +29,6 @@ from models.training.members import random_shift
 from models.uncertainty.scores import fit_temperature, log_softmax, soften
 
 Model = Annotated[Path, typer.Argument(help="Ensemble folder, or the name of a model of the zoo.")]
-Data = Annotated[Path, typer.Option(help="Folder of IDX files, or of train/<class>/ and test/<class>/ images.")]
 BATCH = 64  # images of a timed call
 SHIFT = 2  # pixels, of images that the source knows by heart
 Parts = tuple[ee.Floats, ee.Floats]  # of selection and of test
@@ -202,7 +202,7 @@ def study(classifier: Classifier, found: Splits, recipe: HeadsRecipe, prices: li
                 cost = macs.costs([True] * 3).tolist()
                 joint = train_jointly(heads, part, goal, cost, price, recipe, Path(folder) / f"{price:g}")
                 rows.append(gated(name, price, joint, known, source, macs))
-    served = {name: known.losses(name) for name in ("single", "bridge") if name in known.methods}
+    served: dict[str, ee.Floats] = {n: known.losses(n) for n in ("single", "bridge") if n in known.methods}
     return [(row, ee.evaluate(row.candidate, *known.labels, served)) for row in rows], macs
 
 
@@ -233,7 +233,7 @@ def exits(
     classifier, found = load_classifier(find(model)), splits(data)
     r = HeadsRecipe(seed=seed)
     r = replace(r, optim=replace(r.optim, steps=steps), joint=replace(r.joint, steps=max(1, steps // 3)))
-    scored, macs = study(classifier, found, r, _numbers(prices), _numbers(budgets))
+    scored, macs = study(classifier, found, r, numbers(prices), numbers(budgets))
     took = times([row for row, _ in scored], classifier.members[0], to_pixels(found.test.images[: 8 * BATCH]), repeats)
     header = ["heads learn from", "who leaves", "cost", "time", "left at 1 / 2 / end", "ACC", "cNLL", "ECE"]
     header += [f"gain on {name}" for name in scored[0][1].gains]
@@ -246,10 +246,5 @@ def exits(
         summary.append({"heads": row.heads, "name": row.name, "time": took.get(i), **asdict(p)})
     print(markdown(header, table))
     macs_of = {"stages": macs.stages, "heads": macs.heads, "single": macs.single}
-    print(
-        json.dumps({"model": classifier.config["name"], "macs": macs_of, "seed": seed, "rows": summary, **provenance()})
-    )
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",") if part]
+    facts = {"model": classifier.config["name"], "macs": macs_of, "seed": seed, "rows": summary}
+    print(json.dumps(facts | provenance()))
