@@ -120,12 +120,19 @@ def methods(classifier: Classifier) -> dict[str, Classify]:
 
 
 def bridged(classifier: Classifier, bridge: BridgeModel, x: Tensor) -> Tensor:
-    """Pixels through the source's tap and logits and the bridge to log probabilities (N, K)."""
-    member, network = classifier.members[0], bridge.network
+    """Pixels through the source and every network of a served entry to log probabilities (N, K)."""
+    member = classifier.members[0]
     tap = member.tap(x)
-    z, steps = source(member.fc(member.features(tap)), bridge.softening), network.config.steps
-    for n in range(steps, steps - bridge.evaluations, -1):
-        at = torch.full((len(x), 1), n)
-        u = network(tap, z, at[:, 0])
-        z = z - u if bridge.evaluations == 1 else posterior_mean(z, u, at.float(), steps)
-    return z.log_softmax(1)
+    late = member.features(tap)
+    logits = member.fc(late)
+    start, p = source(logits, bridge.softening), torch.zeros_like(logits)
+    for network in bridge.networks.values():
+        z, steps = start, network.config.steps
+        for n in range(steps, steps - bridge.evaluations, -1):
+            at = torch.full((len(x), 1), n)
+            u = network(tap, z, at[:, 0], late)
+            z = z - u if bridge.evaluations == 1 else posterior_mean(z, u, at.float(), steps)
+        p = p + z.softmax(1) / len(bridge.networks)
+    if (w := bridge.source_weight) != 0.0:
+        p = ((p - w * logits.softmax(1)) / (1.0 - w)).clamp_min(1e-6)
+    return (p / p.sum(1, keepdim=True)).log()

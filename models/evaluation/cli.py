@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from models.evaluation import classify as classifiers
+from models.evaluation import early_exit_study, studies
 from models.evaluation import generate as generators
 from models.evaluation import robustness as attacked
-from models.evaluation import studies
 from models.evaluation.carried import load_carried
 from models.evaluation.classify_report import classify_table
 from models.evaluation.costs import BATCHES, Counter, cost_of_cascade, costs_of
@@ -92,3 +92,4 @@ app.command()(studies.schedules)
 app.command()(studies.adaptive)
 app.command("dynamic")(studies.dynamic_exits)
 app.command()(attacked.robustness)
+app.command("exits")(early_exit_study.exits)

@@ -314,7 +314,8 @@ def test_every_method_is_the_served_one(zoo, known):
     classifier, x = load_classifier(zoo / "toy"), torch.rand(5, 1, 28, 28)
     member, bridge = classifier.members[0], classifier.bridge
     tap = member.tap(x)
-    z = run_bridge(bridge.network, tap, member(x), bridge.evaluations, bridge.softening)
+    (network,) = bridge.networks.values()
+    z = run_bridge(network, tap, member(x), bridge.evaluations, bridge.softening)
     assert torch.allclose(known["bridge"](x), z.log_softmax(1), atol=1e-5)
     p = torch.stack([m(x).softmax(1) for m in classifier.members]).mean(0)
     assert torch.allclose(known["ensemble"](x).exp(), p, atol=1e-5)

@@ -1,0 +1,176 @@
+"""Train exit heads, and gates that say who leaves there, on the stages of a frozen source.
+
+Regol, Chataoui, Coates, "Jointly-Learned Exit and Inference for a Dynamic Neural Network" (ICLR 2024): gates see how
+sure their head is, and heads and gates descend together on expected loss plus lambda times expected cost over the
+probabilities of leaving. Here without the paper's bi-level schedule: both descend on that one loss, heads start
+trained on all images, and gates do not move heads through their inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.backbones.resnet import ResNet, ResNetConfig
+from models.training.loop import Optim, train
+
+STEEP = 10.0  # of gates in their inputs, which differ by little; they learn as much faster
+
+
+def stages(source: ResNet) -> list[Callable[[Tensor], Tensor]]:
+    """The source's three stages in turn: pixels (N, C, H, W) -> first, second, third stage's output."""
+    b, rest = source.config.blocks, source.rest
+    first, second, third = rest[: b - 1], rest[b - 1 : 2 * b - 1], rest[2 * b - 1 :]
+    return [lambda x: first(source.tap(x)), second, third]
+
+
+class ExitHead(nn.Module):
+    """Pooled stage -> standardised -> one hidden layer -> logits."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, inputs: int, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("scale", torch.ones(inputs))
+        self.hidden, self.out = nn.Linear(inputs, hidden), nn.Linear(hidden, classes)
+
+    def standardise(self, pooled: Tensor) -> None:
+        """Take mean and deviation (inputs,) from pooled stages (N, inputs)."""
+        self.mean.copy_(pooled.mean(0))
+        self.scale.copy_(pooled.std(0).clamp_min(1e-3))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(N, inputs) -> logits (N, K)."""
+        return self.out(F.relu(self.hidden((pooled - self.mean) / self.scale)))
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """What a gate sees of logits (N, K): largest probability, its lead over the second, entropy in nats; (N, 3)."""
+    p = logits.softmax(-1)
+    top = p.topk(2, -1).values
+    entropy = -(p * p.clamp_min(1e-12).log()).sum(-1)
+    return torch.stack([top[:, 0], top[:, 0] - top[:, 1], entropy], -1)
+
+
+def exit_probabilities(gates: Tensor) -> Tensor:
+    """Gates (N, E), probability of leaving if still there -> of leaving at each exit or at the end (N, E + 1)."""
+    stays = torch.cumprod(1.0 - gates, 1)
+    return torch.cat([gates[:, :1], gates[:, 1:] * stays[:, :-1], stays[:, -1:]], 1)
+
+
+class Exits(nn.Module):
+    """A head per stage, a gate per stage but the last. Stages are averaged over grid x grid fields before the head."""
+
+    def __init__(self, source: ResNetConfig, grid: int, hidden: int) -> None:
+        super().__init__()
+        self.grid = grid
+        widths = [source.width, 2 * source.width, 4 * source.width]
+        self.heads = nn.ModuleList(ExitHead(c * grid * grid, hidden, source.classes) for c in widths)
+        self.gates = nn.ModuleList(nn.Linear(3, 1) for _ in widths[1:])
+        for parameter in self.gates.parameters():
+            nn.init.zeros_(parameter)
+
+    def pool(self, stage: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C grid^2): means of square fields, the last ones cut off where H / grid is no integer."""
+        field = math.ceil(stage.shape[-1] / self.grid)
+        return (F.avg_pool2d(stage, field, ceil_mode=True) if field > 1 else stage).flatten(1)
+
+    def gate(self, k: int, logits: Tensor) -> Tensor:
+        """Probability (N,) of leaving at exit k from its logits (N, K), which get no gradient."""
+        probability: Tensor = (STEEP * self.gates[k](confidence(logits.detach())))[:, 0].sigmoid()
+        return probability
+
+
+@dataclass(frozen=True)
+class HeadsRecipe:
+    """Heads of `hidden` units on grid x grid fields; `joint`: the steps in which gates are learned with them."""
+
+    optim: Optim = Optim(steps=1500, batch=256, lr=2e-3, warmup=50, weight_decay=1e-2, ema=0.99)
+    joint: Optim = Optim(steps=500, batch=256, lr=2e-3, warmup=50, weight_decay=1e-2, ema=0.99)
+    grid: int = 4
+    hidden: int = 128
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Pooled stages (3 of (N, inputs)); source logits, the ensemble's mean probability, one-hot labels, each (N, K)."""
+
+    pooled: list[Tensor]
+    source: Tensor
+    ensemble: Tensor
+    labels: Tensor
+
+
+@torch.inference_mode()
+def cache(members: Sequence[ResNet], exits: Exits, x: Tensor, labels: NDArray[np.int64]) -> Cache:
+    """Run pixels (N, C, H, W) through the source's stages, and through the other members for the ensemble's answer."""
+    pooled: list[list[Tensor]] = [[] for _ in exits.heads]
+    source, ensemble = [], []
+    for h in x.split(500):
+        others = [member(h).softmax(-1) for member in members[1:]]
+        for k, stage in enumerate(stages(members[0])):
+            h = stage(h)
+            pooled[k].append(exits.pool(h))
+        source.append(members[0].fc(h.mean(dim=(2, 3))))
+        ensemble.append(torch.stack([source[-1].softmax(-1), *others]).mean(0))
+    onehot = F.one_hot(torch.from_numpy(labels), source[0].shape[1]).float()
+    return Cache([torch.cat(p) for p in pooled], torch.cat(source), torch.cat(ensemble), onehot)
+
+
+def train_heads(exits: Exits, found: Cache, goal: Tensor, recipe: HeadsRecipe, out: Path) -> Exits:
+    """Every head on every image: cross-entropy against `goal` (N, K), labels or the ensemble's answer."""
+    torch.manual_seed(recipe.seed)
+    model = copy.deepcopy(exits)
+    for head, pooled in zip(model.heads, found.pooled, strict=True):
+        assert isinstance(head, ExitHead)
+        head.standardise(pooled)
+
+    def loss(step: int) -> Tensor:
+        rows = torch.randint(len(goal), (recipe.optim.batch,))
+        parts = [F.cross_entropy(head(p[rows]), goal[rows]) for head, p in zip(model.heads, found.pooled, strict=True)]
+        return torch.stack(parts).sum()
+
+    done = train(model, recipe.optim, loss, out, label="heads", freeze=[model.gates]).ema
+    assert isinstance(done, Exits)
+    return done
+
+
+def train_jointly(
+    exits: Exits, found: Cache, goal: Tensor, costs: Sequence[float], price: float, recipe: HeadsRecipe, out: Path
+) -> Exits:
+    """Heads and gates on the expected cross-entropy against `goal` plus `price` times the expected cost.
+
+    Args:
+        exits: trained heads.
+        found: of images that the source was not trained on.
+        goal: labels or the ensemble's answer (N, K).
+        costs: of leaving at each stage (3,), relative to the source.
+        price: nats that one forward of the source is worth: the paper's lambda.
+        recipe: its `joint` steps.
+        out: folder of the run.
+    """
+    torch.manual_seed(recipe.seed)
+    model, cost = copy.deepcopy(exits).requires_grad_(True), torch.tensor(costs)
+
+    def loss(step: int) -> Tensor:
+        rows = torch.randint(len(goal), (recipe.joint.batch,))
+        logits = [head(p[rows]) for head, p in zip(model.heads, found.pooled, strict=True)]
+        gates = torch.stack([model.gate(k, logits[k]) for k in range(len(model.gates))], 1)
+        losses = torch.stack([F.cross_entropy(z, goal[rows], reduction="none") for z in logits], 1)
+        return (exit_probabilities(gates) * (losses + price * cost)).sum(1).mean()
+
+    done = train(model, recipe.joint, loss, out, label=f"joint {price:g}").ema
+    assert isinstance(done, Exits)
+    return done
