@@ -14,8 +14,9 @@ from models.evaluation import generate as generators
 from models.evaluation import robustness as attacked
 from models.evaluation.carried import load_carried
 from models.evaluation.classify_report import classify_table
-from models.evaluation.costs import BATCHES, Counter, cost_of_cascade, costs_of
+from models.evaluation.costs import Counter, cost_of_cascade, costs_of
 from models.evaluation.report import find, gears_table, provenance, write_card
+from models.evaluation.served_times import ratios, time_served, times_table
 from models.evaluation.uncertainty import study
 from models.evaluation.uncertainty_report import draw, report
 from models.store import read_config, write_json
@@ -71,15 +72,15 @@ def classify(
     if (cascade := cost_of_cascade(counter, classifier, found)) is not None:
         costs["cascade"] = cascade
     where = provenance()
-    table, more = classify_table(made, costs, where), report(found, classifier)
+    served = time_served(folder, parts.test.images)
+    table = f"{classify_table(made, costs, where)}\n\n{times_table(served)}"
+    more = report(found, classifier)
     print(table, more, sep="\n\n")
     for path in draw(found, plots) if plots else []:
         print(f"wrote {path}")
     if write:
         write_calibration(folder, classifier, found.calibration)
-        times = {method: round(costs[row].times[BATCHES[0]], 2) for method, row in carried.served.items()}
-        times |= {"single": 1.0, "ensemble": round(costs[f"DE-{len(classifier.members)}"].times[BATCHES[0]], 2)}
-        write_json(folder / "config.json", {**read_config(folder), "times": times})
+        write_json(folder / "config.json", {**read_config(folder), "times": ratios(served)})
         write_card(folder, f"{table}\n\n{more}")
         for beside in (folder_beside(folder, "bridge"), folder_beside(folder, "student")):
             if beside is not None:

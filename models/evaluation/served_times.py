@@ -1,0 +1,70 @@
+"""Measured time of every method as it is served: from admission to the answer, by backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.api import Runtime
+from models.evaluation.classify import classify_images
+from models.evaluation.report import markdown
+from models.evaluation.turns import measure_times
+from models.tasks.classify import load
+from models.training.data import Images
+
+BACKENDS = ("eager", "onnx")
+BATCHES = (32, 1)
+REPEATS = 25
+Times = dict[tuple[str, str, int], float]
+
+
+def time_served(folder: Path, images: Images, backends: Iterable[str] = BACKENDS) -> Times:
+    """Seconds by method, backend and batch, of the first images (N, H, W, C), all in turns, the fastest of each.
+
+    A backend that cannot work here is left out. One thread, as a worker on two cores has.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with TemporaryDirectory() as cache:
+            tasks = {name: load(folder, max(BATCHES), "cpu", Runtime(name, cache=cache)) for name in backends}
+            runs: dict[tuple[str, str, int], Callable[[], Any]] = {
+                (method, name, batch): partial(classify_images, task, method, images[:batch])
+                for batch in BATCHES
+                for name, task in tasks.items()
+                if task.info.backend.startswith(name)
+                for method in task.info.methods
+            }
+            keys = list(runs)
+            found = measure_times({str(key): runs[key] for key in keys}, REPEATS)
+            return {key: found[str(key)] for key in keys}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def times_table(found: Times) -> str:
+    """Each method relative to `single` on the same backend and batch; `single` in milliseconds."""
+    columns = [(name, batch) for name in BACKENDS for batch in BATCHES if ("single", name, batch) in found]
+    rows = []
+    for method in dict.fromkeys(method for method, _, _ in found):
+        own = [found[method, name, batch] / found["single", name, batch] for name, batch in columns]
+        rows.append([method, *(f"{value:.2f}" for value in own)])
+    base = ", ".join(f"{1e3 * found['single', name, batch]:.2f} ms {name} at {batch}" for name, batch in columns)
+    note = (
+        f"From admission to the answer, one torch thread, the fastest of {REPEATS} turns, relative to `single` on the "
+        f"same backend and batch, itself {base}. Methods that stop early depend on the images: these are test images."
+    )
+    header = ["method", *(f"{name}, batch {batch}" for name, batch in columns)]
+    return f"### Time as served\n\n{markdown(header, rows)}\n\n{note}"
+
+
+def ratios(found: Times, backend: str = "eager", batch: int = BATCHES[0]) -> dict[str, float]:
+    """Each method's time relative to `single`."""
+    base = found["single", backend, batch]
+    return {m: float(np.round(value / base, 2)) for (m, b, n), value in found.items() if (b, n) == (backend, batch)}
