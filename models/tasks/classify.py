@@ -28,12 +28,11 @@ from models.tasks.classifier import BRIDGED, Classifier, load_classifier, to_pix
 from models.tasks.contracts import Calibration, read_calibration
 from models.tasks.device import pick_device
 from models.tasks.parts import parts
-from models.tasks.purifying import PurifyStage, load_purifier, purifier_info
+from models.tasks.purifying import PurifyStage, check_purify, load_purifier, mean_of, purified_receipt, purifier_info
 from models.uncertainty.cascade import Costs
 from models.uncertainty.conformal import uniforms
 from models.uncertainty.contract import decision_rule, set_rule
 from models.uncertainty.router import Terms
-from models.uncertainty.scores import describe
 
 
 class ClassifyTask:
@@ -79,7 +78,7 @@ class ClassifyTask:
         """
         plan, terms, shape = self.plans[work.method], self.methods[work.method].terms(work.max_cost), self.info.image
         if work.purify is not None:
-            self._check_purify(work)
+            check_purify(work, self.info)
             terms = Terms()  # contracts were fitted on images as they are
         for i in indices:
             if len(work.images[i]) != math.prod(shape):
@@ -98,13 +97,6 @@ class ClassifyTask:
         if plan.source:
             self._source(slots)
         return [len(plan.calls)] * len(slots)
-
-    def _check_purify(self, work: ClassifyWork) -> None:
-        offered = self.info.purifier.methods if self.info.purifier else ()
-        if work.method not in offered:
-            raise UserError(f"{self.info.name} purifies for {', '.join(offered) or 'no method'}: drop purify", "purify")
-        if work.alpha is not None:
-            raise UserError("prediction sets do not hold for purified images: drop alpha, or purify", "alpha")
 
     def _source(self, slots: Sequence[int]) -> None:
         """The source's forward: tap, features, logits, and where bridges start."""
@@ -148,10 +140,8 @@ class ClassifyTask:
             self._source(cells)
         for call in plan.calls:
             call.run(self, rows, [call] * len(cells))
-        [part] = self.methods[method].answer(self, np.array(cells))
-        p = part.p.mean(0, keepdims=True)
-        scores = describe(p, float(part.scores["temperature"][0]))
-        return ClassifiedRow(tuple(p[0].tolist()), {key: float(values[0]) for key, values in scores.items()})
+        [draws] = self.methods[method].answer(self, np.array(cells))
+        return mean_of(draws)
 
     @torch.inference_mode()
     def collect(self, slots: Sequence[int]) -> Sequence[ClassifiedRow]:
@@ -183,10 +173,8 @@ class ClassifyTask:
 
     def receipt(self, work: ClassifyWork, rows: Sequence[ClassifiedRow]) -> dict[str, Any]:
         """What the answer cost, relative to `single`: MACs counted at load, time measured for the card."""
-        if work.purify is not None and (purifier := self.info.purifier) is not None:
-            cost = work.purify * (purifier.cost + self.info.methods[work.method])
-            dose = {"u": purifier.u, "steps": purifier.steps, "draws": work.purify}
-            return {"method": work.method, "cost_vs_single": cost, "purified": dose}
+        if work.purify is not None:
+            return purified_receipt(work, self.info)
         receipt: dict[str, Any] = {"method": work.method, "cost_vs_single": self.info.methods[work.method]}
         if work.method in self.info.times:
             receipt["time_vs_single"] = self.info.times[work.method]
@@ -209,9 +197,10 @@ def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) ->
     classifier, where = load_classifier(folder), pick_device(device)
     calibration, config = read_calibration(folder, classifier), classifier.config
     costs, plans = classifier.costs(), classifier.plans()
+    purifying = None
     if (purifier := load_purifier(folder, config)) is not None:
+        purifying = purifier_info(purifier, config["purifier"], plans, classifier.macs()[SOURCE])
         purifier.model.to(where)
-    single = classifier.macs()[SOURCE]
     networks, backend = run_by(classifier, slots, where, runtime)
     decisions = {name: decision_rule(c.thresholds) for name, c in calibration.methods.items()}
     sets = {name: set_rule(c.conformal) for name, c in calibration.methods.items()}
@@ -240,7 +229,7 @@ def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) ->
         decisions=decisions,
         sets=sets,
         cascade=router.catalogue() if router else (),
-        purifier=purifier_info(purifier, config["purifier"], plans, single) if purifier else None,
+        purifier=purifying,
         default_method=next((name for name in BRIDGED if name in classifier.bridges), "single"),
     )
     return ClassifyTask(info, classifier, calibration, networks, slots, where, purifier)

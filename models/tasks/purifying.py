@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.api import ClassifiedRow, PurifierInfo, UserError
-from models.methods.interface import Plain
+from models.api import ClassifiedRow, ClassifyWork, ModelInfo, PurifierInfo, UserError
+from models.methods.interface import Answer, Plain
 from models.purification.purify import Dose, Purifier, image_keys
 from models.registry import METHODS, resolve
 from models.store import StoreError
+from models.uncertainty.scores import describe
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def load_purifier(ensemble: Path, config: Mapping[str, Any]) -> Purifier | None:
 
 
 def purifier_info(purifier: Purifier, entry: Mapping[str, Any], methods: Iterable[str], single: int) -> PurifierInfo:
-    """What is advertised of a purifier of one draw; `single`: multiply-accumulates of the source."""
+    """What is advertised of a purifier of one draw, still on the CPU; `single`: multiply-accumulates of the source."""
     cost, whole = purifier.cost(single), tuple(name for name in methods if runs_whole(resolve(METHODS, name)))
     dose = purifier.dose
     return PurifierInfo(entry["model"], entry["gear"], dose.u, dose.steps, cost, math.ceil(cost), whole)
@@ -60,6 +61,31 @@ def purifier_info(purifier: Purifier, entry: Mapping[str, Any], methods: Iterabl
 def runs_whole(method: type[Any]) -> bool:
     """Whether every row runs the method's whole plan, so that several draws of an image end together."""
     return issubclass(method, Plain) and method.finished is Plain.finished
+
+
+def check_purify(work: ClassifyWork, info: ModelInfo) -> None:
+    """Refuse what the model cannot purify, naming purify or alpha."""
+    offered = info.purifier.methods if info.purifier else ()
+    if work.method not in offered:
+        raise UserError(f"{info.name} purifies for {', '.join(offered) or 'no method'}: drop purify", "purify")
+    if work.alpha is not None:
+        raise UserError("prediction sets do not hold for purified images: drop alpha, or purify", "alpha")
+
+
+def mean_of(draws: Answer) -> ClassifiedRow:
+    """One image's answer from those of its draws; no contract was fitted to it."""
+    p = draws.p.mean(0, keepdims=True)
+    scores = describe(p, float(draws.scores["temperature"][0]))
+    return ClassifiedRow(tuple(p[0].tolist()), {key: float(values[0]) for key, values in scores.items()})
+
+
+def purified_receipt(work: ClassifyWork, info: ModelInfo) -> dict[str, Any]:
+    """What denoiser and classifications of all draws cost."""
+    assert info.purifier is not None
+    assert work.purify is not None
+    cost = work.purify * (info.purifier.cost + info.methods[work.method])
+    dose = {"u": info.purifier.u, "steps": info.purifier.steps, "draws": work.purify}
+    return {"method": work.method, "cost_vs_single": cost, "purified": dose}
 
 
 @dataclass(eq=False)
@@ -88,8 +114,7 @@ class PurifyStage:
 
     def enter(self, slots: Sequence[int], pixels: Tensor, images: Iterable[bytes], draws: int) -> int:
         """Noise new rows, by their bytes; returns the ticks to come: a denoiser's call each, and one to classify."""
-        if self.purifier is None:
-            raise UserError("there is no purifier here: drop purify", "purify")
+        assert self.purifier is not None
         dose = replace(self.purifier.dose, draws=draws)
         states = replace(self.purifier, dose=dose).begin(pixels, image_keys(images).to(pixels.device))
         self.images |= {slot: Purified(state) for slot, state in zip(slots, states, strict=True)}
