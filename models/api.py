@@ -322,8 +322,8 @@ class GeneratedRow:
 class ClassifiedRow:
     """One classified image: calibrated probabilities (K,) and uncertainty in nats.
 
-    `decision` is absent (None) where the model was not calibrated, `prediction_set` (class indices, likeliest
-    first) where no alpha was asked for. `escalated`: a cascade's members ran.
+    `decision` is absent (None) where the model was not calibrated or the image purified, `prediction_set` (class
+    indices, likeliest first) where no alpha was asked for. `escalated`: a cascade's members ran.
     """
 
     probabilities: tuple[float, ...]
