@@ -26,6 +26,7 @@ class MembersRecipe:
     """`offramp train members`. `images`: how many training images the members see.
 
     `pool` more are trained after them, for evaluation alone: deep ensembles are averaged over subsets of all.
+    `purifier`: which generator purifies images, and how far, where it stands beside the ensemble.
     """
 
     name: str
@@ -33,6 +34,7 @@ class MembersRecipe:
     optim: Optim
     members: int = 5
     pool: int = 0
+    purifier: dict[str, Any] = field(default_factory=dict)
     images: int = 12_000
     network: ResNetConfig = field(default_factory=ResNetConfig)
     shift: int = 0
@@ -123,5 +125,7 @@ def train_members(recipe: MembersRecipe, splits: Splits, out: Path) -> dict[str,
         "pool": list(files)[recipe.members :],
         "trained_on": {"images": len(y)},
     }
+    if recipe.purifier:
+        config["purifier"] = recipe.purifier
     digest = write_model(out / recipe.name, config, files)
     return {"model": recipe.name, "weights": digest, "seconds": seconds, "members": rows}
