@@ -19,7 +19,8 @@ from models.evaluation.report import find, gears_table, provenance, write_card
 from models.evaluation.uncertainty import study
 from models.evaluation.uncertainty_report import draw, report
 from models.store import read_config, write_json
-from models.tasks.classifier import folder_beside, load_classifier
+from models.tasks.beside import folder_beside
+from models.tasks.classifier import load_classifier
 from models.tasks.contracts import write_calibration
 from models.training.data import read, splits
 

@@ -19,6 +19,7 @@ from models.backbones.folding import fold
 from models.backends.independent import Programs, build
 from models.backends.interface import Place
 from models.bridge.process import source
+from models.methods.exits import Exits, room
 from models.methods.interface import SOURCE, Answer, Call, Method, Slots
 from models.registry import METHODS, resolve
 from models.tasks.classifier import BRIDGED, Classifier, load_classifier, to_pixels
@@ -58,6 +59,7 @@ class ClassifyTask:
         self.features = torch.zeros(capacity, *features.shape[1:], device=device)
         self.logits = torch.zeros(capacity, len(classifier.members), *logits.shape[1:], device=device)
         self.z = torch.zeros(capacity, columns, *logits.shape[1:], device=device)
+        self.stages = room(networks, self.plans.get("exits"), self.pixels)
         self.method, self.terms = [""] * capacity, [Terms()] * capacity
         self.alpha, self.draw = np.full(capacity, np.nan), np.zeros(capacity)
         self.done = np.zeros(capacity, np.int64)
@@ -124,6 +126,7 @@ class ClassifyTask:
             decision=contract.decide(scores)[0] if contract else None,
             prediction_set=contract.sets(p, alpha, self.draw[slot : slot + 1])[0] if contract and asked else None,
             escalated=part.escalated,
+            exit=part.exit,
         )
 
     def _by_method(self, slots: Sequence[int]) -> dict[str, Slots]:
@@ -141,6 +144,8 @@ class ClassifyTask:
             receipt["expected_cost"] = self.methods["cascade"].terms(work.max_cost).cost
             receipt["escalated"] = [i for i, row in enumerate(rows) if row.escalated]
             receipt["image_costs"] = costs
+        if isinstance(exits := self.methods[work.method], Exits):
+            receipt |= exits.paid(rows)
         return receipt
 
 
@@ -150,7 +155,7 @@ def running_costs(costs: Mapping[str, float]) -> Costs:
 
 
 def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) -> ClassifyTask:
-    """An ensemble folder, with the bridges and the student beside it, as a Task with `slots` slots."""
+    """An ensemble folder, with what stands beside it, as a Task with `slots` slots."""
     classifier, where = load_classifier(folder), pick_device(device)
     calibration, config = read_calibration(folder, classifier), classifier.config
     costs, plans = classifier.costs(), classifier.plans()
@@ -158,6 +163,8 @@ def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) ->
     decisions = {name: decision_rule(c.thresholds) for name, c in calibration.methods.items()}
     sets = {name: set_rule(c.conformal) for name, c in calibration.methods.items()}
     calls = {name: len(plan.networks) for name, plan in plans.items()}
+    if classifier.exits is not None:
+        costs["exits"], calls["exits"] = classifier.exits.expected_cost, math.ceil(classifier.exits.expected_calls)
     if (router := calibration.router) is None:
         costs.pop("cascade", None)
         calls.pop("cascade", None)
