@@ -192,7 +192,7 @@ def study(classifier: Classifier, found: Splits, recipe: HeadsRecipe, prices: li
     for name, (part, field) in transfer(classifier, exits, found.train).items():
         goal: Tensor = getattr(part, field)
         with TemporaryDirectory() as folder:
-            heads = train_heads(exits, part, goal, recipe, Path(folder) / "heads")
+            heads = train_heads(exits, part.pooled, goal, recipe, Path(folder) / "heads")
             for k, own in enumerate(by_exit(heads, known)):
                 used = [k == j for j in range(3)]
                 leave: list[ee.Leave | None] = [(lambda z: z[:, 0] == z[:, 0]) if u else None for u in used[:2]]

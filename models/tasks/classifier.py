@@ -105,7 +105,7 @@ class Classifier:
         return {name: plan for name, plan in found.items() if plan is not None}
 
     def costs(self) -> dict[str, float]:
-        """Conv + linear MACs of each method relative to `single`; of `cascade` and `exits` the most that one can cost."""
+        """Conv + linear MACs of each method relative to `single`; of `cascade` and `exits` the most possible."""
         macs = self.macs()
         return {name: plan.cost(macs) for name, plan in self.plans().items()}
 

@@ -77,35 +77,41 @@ class Cache:
 
 
 @torch.inference_mode()
-def cache(members: Sequence[ResNet], exits: Exits, x: Tensor, labels: NDArray[np.int64]) -> Cache:
-    """Run pixels (N, C, H, W) through the source's stages, and through the other members for the ensemble's answer."""
-    pooled: list[list[Tensor]] = [[] for _ in exits.heads]
-    source, ensemble = [], []
+def pooled_stages(source: ResNet, exits: ExitHeads, x: Tensor) -> list[Tensor]:
+    """The three stages of pixels (N, C, H, W) as heads see them, (N, inputs) each."""
+    parts = []
     for h in x.split(500):
-        others = [member(h).softmax(-1) for member in members[1:]]
-        for k, stage in enumerate(stages(members[0])):
+        h, found = h.float(), []
+        for stage in stages(source):
             h = stage(h)
-            pooled[k].append(exits.pool(h))
-        source.append(members[0].fc(h.mean(dim=(2, 3))))
-        ensemble.append(torch.stack([source[-1].softmax(-1), *others]).mean(0))
-    onehot = F.one_hot(torch.from_numpy(labels), source[0].shape[1]).float()
-    return Cache([torch.cat(p) for p in pooled], torch.cat(source), torch.cat(ensemble), onehot)
+            found.append(exits.pool(h))
+        parts.append(found)
+    return [torch.cat(pooled) for pooled in zip(*parts, strict=True)]
 
 
-def train_heads(exits: Exits, found: Cache, goal: Tensor, recipe: HeadsRecipe, out: Path) -> Exits:
-    """Every head on every image: cross-entropy against `goal` (N, K), labels or the ensemble's answer."""
+@torch.inference_mode()
+def cache(members: Sequence[ResNet], exits: ExitHeads, x: Tensor, labels: NDArray[np.int64]) -> Cache:
+    """Run pixels (N, C, H, W) through the source's stages, and through all members for the ensemble's answer."""
+    logits = torch.cat([torch.stack([member(h) for member in members], 1) for h in x.split(500)])
+    onehot = F.one_hot(torch.from_numpy(labels), logits.shape[-1]).float()
+    return Cache(pooled_stages(members[0], exits, x), logits[:, 0], logits.softmax(-1).mean(1), onehot)
+
+
+def train_heads(exits: Exits, pooled: Sequence[Tensor], goal: Tensor, recipe: HeadsRecipe, out: Path) -> Exits:
+    """Every head on every image, pooled stages (N, inputs) each: cross-entropy against `goal` (N, K), labels or the
+    ensemble's answer."""
     torch.manual_seed(recipe.seed)
     model = copy.deepcopy(exits)
-    for head, pooled in zip(model.heads, found.pooled, strict=True):
+    for head, part in zip(model.heads, pooled, strict=True):
         assert isinstance(head, ExitHead)
-        head.standardise(pooled)
+        head.standardise(part)
 
     def loss(step: int) -> Tensor:
         rows = torch.randint(len(goal), (recipe.optim.batch,))
-        parts = [F.cross_entropy(head(p[rows]), goal[rows]) for head, p in zip(model.heads, found.pooled, strict=True)]
+        parts = [F.cross_entropy(head(p[rows]), goal[rows]) for head, p in zip(model.heads, pooled, strict=True)]
         return torch.stack(parts).sum()
 
-    done = train(model, recipe.optim, loss, out, label="heads", freeze=[model.gates]).ema
+    done = train(model, recipe.optim, loss, out, label=out.name, freeze=[model.gates]).ema
     assert isinstance(done, Exits)
     return done
 

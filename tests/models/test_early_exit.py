@@ -179,7 +179,7 @@ def separable(exits, n=300):
 def test_gates_send_home_what_is_easy_and_all_when_compute_is_dear(tmp_path):
     exits = Exits(ResNetConfig(classes=3, width=8), grid=1, hidden=8)
     found = separable(exits)
-    heads = train_heads(exits, found, found.labels, RECIPE, tmp_path / "heads")
+    heads = train_heads(exits, found.pooled, found.labels, RECIPE, tmp_path / "heads")
     easy = found.labels[:, 0] == 1
     leaves = {}
     for price in (0.6, 20.0):
