@@ -15,6 +15,7 @@ from models.evaluation import robustness as attacked
 from models.evaluation.carried import load_carried
 from models.evaluation.classify_report import classify_table
 from models.evaluation.costs import BATCHES, Counter, cost_of_cascade, costs_of
+from models.evaluation.leaving import cost_of_exits
 from models.evaluation.report import find, gears_table, provenance, write_card
 from models.evaluation.uncertainty import study
 from models.evaluation.uncertainty_report import draw, report
@@ -71,6 +72,8 @@ def classify(
     costs = costs_of(counter)
     if (cascade := cost_of_cascade(counter, classifier, found)) is not None:
         costs["cascade"] = cascade
+    if classifier.exits is not None:
+        costs["exits"] = cost_of_exits(counter, classifier.exits, found.test.left)
     where = provenance()
     table, more = classify_table(made, costs, where), report(found, classifier)
     print(table, more, sep="\n\n")
@@ -80,10 +83,11 @@ def classify(
         write_calibration(folder, classifier, found.calibration)
         times = {method: round(costs[row].times[BATCHES[0]], 2) for method, row in carried.served.items()}
         times |= {"single": 1.0, "ensemble": round(costs[f"DE-{len(classifier.members)}"].times[BATCHES[0]], 2)}
+        times |= {name: round(costs[name].times[BATCHES[0]], 2) for name in ("exits",) if name in costs}
         write_json(folder / "config.json", {**read_config(folder), "times": times})
         write_card(folder, f"{table}\n\n{more}")
-        for beside in (folder_beside(folder, "bridge"), folder_beside(folder, "student")):
-            if beside is not None:
+        for kind in ("bridge", "student", "exits"):
+            if (beside := folder_beside(folder, kind)) is not None:
                 write_card(beside, table)
     paid = {name: vars(cost) for name, cost in costs.items()}
     print(json.dumps({"model": folder.name, **made.json(), "costs": paid, **where}))

@@ -76,8 +76,8 @@ class EarlyExits:
         return [self.sha256, self.stages, self.thresholds, self.confidence_temperatures, self.temperatures]
 
 
-def load_exits(folder: Path, ensemble: dict[str, Any], source: ResNet) -> EarlyExits:
-    """What an exits folder serves.
+def load_exits(folder: Path, ensemble: dict[str, Any], source: ResNet, name: str | None = None) -> EarlyExits:
+    """What an exits folder serves, or its heads `name`.
 
     Raises:
         StoreError: heads of another source; an entry that is malformed, not a number or out of range.
@@ -85,8 +85,8 @@ def load_exits(folder: Path, ensemble: dict[str, Any], source: ResNet) -> EarlyE
     config = read_config(folder, "exits")
     try:
         check_source(folder, config["source"], ensemble, "heads")
-        heads = load_heads(folder, config, config["serve"], source)
-        return served(folder, config, heads, source, ensemble["image"])
+        name = config["serve"] if name is None else name
+        return entry_of(folder, config, name, load_heads(folder, config, name, source), source, ensemble["image"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, StoreError):
             raise
@@ -104,9 +104,11 @@ def load_heads(folder: Path, config: dict[str, Any], name: str, source: ResNet) 
     return heads.eval().requires_grad_(False)
 
 
-def served(folder: Path, config: dict[str, Any], heads: ExitHeads, source: ResNet, image: Sequence[int]) -> EarlyExits:
-    """Entry `serve` of a folder's `networks`, without the exits that it does not use."""
-    entry, where = config["networks"][config["serve"]], f"{folder}/config.json: networks.{config['serve']}"
+def entry_of(
+    folder: Path, config: dict[str, Any], name: str, heads: ExitHeads, source: ResNet, image: Sequence[int]
+) -> EarlyExits:
+    """Entry `name` of a folder's `networks`, without the exits that it does not use."""
+    entry, where = config["networks"][name], f"{folder}/config.json: networks.{name}"
     limits = [math.inf if value is None else float(value) for value in entry["thresholds"]]
     heat = [float(value) for value in entry["confidence_temperatures"]]
     temperatures, shares = ([float(value) for value in entry[key]] for key in ("temperatures", "shares"))
@@ -130,5 +132,5 @@ def served(folder: Path, config: dict[str, Any], heads: ExitHeads, source: ResNe
         temperatures=tuple(temperatures[k] for k in used),
         shares=tuple(shares[k] for k in used),
         costs=tuple(costs[used].tolist()),
-        sha256=config["files"][f"{config['serve']}.safetensors"],
+        sha256=config["files"][f"{name}.safetensors"],
     )

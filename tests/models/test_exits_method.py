@@ -6,6 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from models.api import Runtime
+from models.evaluation import leaving
+from models.evaluation.costs import Counter, parameters
 from models.evaluation.served import run as run_split
 from models.store import StoreError, read_config, sha256, write_json, write_model
 from models.tasks.classifier import load_classifier, to_pixels
@@ -140,3 +142,19 @@ def test_the_fingerprint_covers_when_rows_leave(tmp_path, key):
         write_exits(tmp_path, **changes)
         seen.add(load_classifier(folder).fingerprint)
     assert len(seen) == 3
+
+
+def test_the_evaluations_row_is_what_is_served(folder):
+    classifier = load_classifier(folder)
+    random = np.random.default_rng(5)
+    split = Split(random.integers(0, 256, (90, 28, 28, 1), dtype=np.uint8), random.integers(0, 3, 90))
+    found = run_split(classifier, split)
+    [exits] = leaving.load_seeds(folder, classifier.members[0])
+    np.testing.assert_allclose(np.exp(leaving.leave(exits, split, batch=40)[0]), found.p["exits"], atol=1e-5)
+    counter = Counter(classifier.members, None, (28, 28, 1))
+    cost = leaving.cost_of_exits(counter, exits, found.left)
+    assert cost.macs == pytest.approx(np.mean([classifier.exits.costs[k] for k in found.left]))
+    assert set(cost.times) == {1, 32}
+    assert min(cost.times.values()) > 0
+    held = {id(p): p.numel() for e in classifier.exits.networks for p in e.parameters()}
+    assert cost.parameters == pytest.approx(sum(held.values()) / parameters(classifier.members[0]))
