@@ -260,6 +260,7 @@ def test_shipped_recipes_parse():
         "fashion-bridge": BridgeRecipe,
         "fashion-bridge-study": StudyRecipe,
         "fashion-transfer-study": StudyRecipe,
+        "fashion-budget-study": StudyRecipe,
         "fashion-student": DistillRecipe,
     }
     assert {p.stem for p in folder.glob("*.toml")} == set(kinds)
