@@ -85,7 +85,7 @@ class Validation:
         """The likeliest way to leave whose mean cost is at most `budget`; the third head answers last.
 
         Raises:
-            RecipeError: nothing costs so little.
+            RecipeError: nothing costs so little, or nothing is better than the whole source.
         """
         if heads.grid not in self.pooled:
             self.pooled[heads.grid] = pooled_stages(self.source, heads, self.pixels)
@@ -103,6 +103,8 @@ class Validation:
             first = costs(True, False)[0]
             raise RecipeError(f"cost: {budget:g} is less than the first exit costs, set {first:.2f} or more")
         limits = chosen[budget]
+        if not np.isfinite(limits).any():
+            raise RecipeError(f"cost: at {budget:g} it is best that no image leaves early, set less")
         left = route(curve.scores, limits)
         temperatures = temperatures_by_exit(answers, left, labels)
         return Leaving(
