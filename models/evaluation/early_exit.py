@@ -1,7 +1,6 @@
-"""What early exits of the classifier itself cost and are worth: routes, their mixture of answers, their time.
+"""What early exits of the classifier itself are worth on test images, and how they run one after the other.
 
-Costs are relative to one forward of the source: the stages run plus the heads run. An answer is softened by the
-temperature of the exit it left at, fitted on the selection images that leave there.
+Costs are relative to one forward of the source: the stages run plus the heads run.
 """
 
 from __future__ import annotations
