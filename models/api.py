@@ -20,6 +20,7 @@ DecisionName = Literal["accept", "escalate", "abstain"]
 
 SEED_LIMIT = 2**53
 MAX_ROWS = 64
+MAX_DRAWS = 16
 
 
 def _spec(doc: str, default: Any = None, **bounds: Any) -> Any:
@@ -98,6 +99,11 @@ class ClassifyParams:
     max_cost: float | None = _spec(
         "cascade: mean cost per image to stay within, relative to `single`; chooses cascade if `method` is absent.",
         ge=1.0,
+    )
+    purify: int | None = _spec(
+        "Noise and denoise each image this often before it is classified, and average; not purified if absent.",
+        ge=1,
+        le=MAX_DRAWS,
     )
     deadline_ms: int | None = _spec(
         "Budget from arrival to answer, queueing included, milliseconds.", ge=1, le=3_600_000
@@ -197,6 +203,27 @@ class CascadePoint:
 
 
 @dataclass(frozen=True)
+class PurifierInfo:
+    """The generator that can purify a classifier's images, and what one draw of noise costs before it is classified.
+
+    Attributes:
+        model, gear: its name, and the gear whose exits it runs.
+        u, steps: diffusion time noised to, and network calls back.
+        cost: conv + linear MACs of a draw relative to `single`.
+        calls: a draw's price in admission, in network calls of about the size of `single`.
+        methods: classify methods that answer purified images.
+    """
+
+    model: str
+    gear: str
+    u: float
+    steps: int
+    cost: float
+    calls: int
+    methods: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What a worker advertises of a model; the gateway checks requests against it.
 
@@ -210,6 +237,7 @@ class ModelInfo:
         calls: classify methods and their network calls per image (the unit of admission).
         decisions, sets: by classify method; empty for a model that was not calibrated.
         cascade: points of method `cascade`, by rising cost.
+        purifier: what `purify` runs; None where images cannot be purified.
     """
 
     name: str
@@ -229,6 +257,7 @@ class ModelInfo:
     decisions: dict[str, DecisionRule] = field(default_factory=dict)
     sets: dict[str, SetRule] = field(default_factory=dict)
     cascade: tuple[CascadePoint, ...] = ()
+    purifier: PurifierInfo | None = None
     default_method: str = ""
 
 
@@ -256,7 +285,7 @@ class GenerateWork:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyWork:
-    """A resolved classify job. `images` are raw uint8 HWC bytes of the model's image shape."""
+    """A resolved classify job. `images` are raw uint8 HWC bytes of the model's image shape, `purify` draws of noise."""
 
     model: str
     images: tuple[bytes, ...]
@@ -264,6 +293,7 @@ class ClassifyWork:
     top_k: int
     alpha: float | None = None
     max_cost: float | None = None
+    purify: int | None = None
 
     @property
     def rows(self) -> int:
@@ -292,9 +322,9 @@ class GeneratedRow:
 class ClassifiedRow:
     """One classified image: calibrated probabilities (K,) and uncertainty in nats.
 
-    `decision` is absent (None) where the model was not calibrated, `prediction_set` (class indices, likeliest
-    first) where no alpha was asked for. `escalated`: a cascade's members ran. `exit`: the stage of the source that it
-    left after (from 1), 0 where it did not leave early.
+    `decision` is absent (None) where the model was not calibrated or the image purified, `prediction_set` (class
+    indices, likeliest first) where no alpha was asked for. `escalated`: a cascade's members ran. `exit`: the stage of
+    the source that it left after (from 1), 0 where it did not leave early.
     """
 
     probabilities: tuple[float, ...]

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.api import ExitSchedule, UserError
+from models.api import MAX_DRAWS, ExitSchedule, UserError
 from models.backbones.interface import Backbone
 from models.exits.plan import check, plan
 from models.solvers.base import DATA, Point
@@ -33,7 +33,6 @@ from models.tasks.generator import load_model, macs_at
 
 FURTHEST = 0.5  # diffusion time beyond which there is more noise than image, and the label goes with it
 MOST_STEPS = 3
-MOST_DRAWS = 16
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class Dose:
             raise UserError(f"purify: u must be above 0 and at most {FURTHEST}, got {self.u}", "purify")
         if not 1 <= self.steps <= MOST_STEPS:
             raise UserError(f"purify: steps must be from 1 to {MOST_STEPS}, got {self.steps}", "purify")
-        if not 1 <= self.draws <= MOST_DRAWS:
-            raise UserError(f"purify: draws must be from 1 to {MOST_DRAWS}, got {self.draws}", "purify")
+        if not 1 <= self.draws <= MAX_DRAWS:
+            raise UserError(f"purify: draws must be from 1 to {MAX_DRAWS}, got {self.draws}", "purify")
 
 
 def image_keys(images: Iterable[bytes]) -> Tensor:

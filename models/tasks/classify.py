@@ -1,7 +1,8 @@
 """/classify: rows of every method over one pool of slots.
 
 Admission runs the source on all new rows at once (tap, features and logits, shared by every method); a tick then
-makes one network call for every row that has one to come.
+makes one network call for every row that has one to come. Purified rows (`PurifyStage`) make their denoiser's calls
+first; then, in one tick, their method runs on all draws of an image, in cells of the pool beyond its slots.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from models.api import ClassifiedRow, ClassifyWork, ModelInfo, Runtime, StepStats, UserError
+from models.api import MAX_DRAWS, ClassifiedRow, ClassifyWork, ModelInfo, Runtime, StepStats, UserError
 from models.backbones.folding import fold
 from models.backends.independent import Programs, build
 from models.backends.interface import Place
 from models.bridge.process import source
 from models.methods.exits import Exits, room
 from models.methods.interface import SOURCE, Answer, Call, Method, Slots
+from models.purification.purify import Purifier
 from models.registry import METHODS, resolve
 from models.tasks.classifier import BRIDGED, Classifier, load_classifier, to_pixels
 from models.tasks.contracts import Calibration, read_calibration
 from models.tasks.device import pick_device
 from models.tasks.parts import parts
+from models.tasks.purifying import PurifyStage, check_purify, load_purifier, mean_of, purified_receipt, purifier_info
 from models.uncertainty.cascade import Costs
 from models.uncertainty.conformal import uniforms
 from models.uncertainty.contract import decision_rule, set_rule
@@ -43,6 +47,7 @@ class ClassifyTask:
         networks: Programs,
         capacity: int,
         device: torch.device,
+        purifier: Purifier | None = None,
     ) -> None:
         self.info, self.capacity, self.device, self.networks = info, capacity, device, networks
         self.methods: dict[str, Method] = {
@@ -50,24 +55,33 @@ class ClassifyTask:
         }
         self.plans = {name: plan for name, plan in classifier.plans().items() if name in info.methods}
         self.costs, self.softening = running_costs(info.methods), classifier.softening
+        self.stage = PurifyStage(purifier, MAX_DRAWS if device.type == "cpu" else 16 * MAX_DRAWS)
+        cells = capacity + (MAX_DRAWS if purifier else 0)
         height, width, channels = info.image
-        self.pixels = torch.zeros(capacity, channels, height, width, device=device)
+        self.pixels = torch.zeros(cells, channels, height, width, device=device)
         with torch.inference_mode():
             tap, features, logits = networks[SOURCE](self.pixels[:1])
         columns = max((len(bridge.networks) for bridge in classifier.bridges.values()), default=0)
-        self.taps = torch.zeros(capacity, *tap.shape[1:], device=device)
-        self.features = torch.zeros(capacity, *features.shape[1:], device=device)
-        self.logits = torch.zeros(capacity, len(classifier.members), *logits.shape[1:], device=device)
-        self.z = torch.zeros(capacity, columns, *logits.shape[1:], device=device)
+        self.taps = torch.zeros(cells, *tap.shape[1:], device=device)
+        self.features = torch.zeros(cells, *features.shape[1:], device=device)
+        self.logits = torch.zeros(cells, len(classifier.members), *logits.shape[1:], device=device)
+        self.z = torch.zeros(cells, columns, *logits.shape[1:], device=device)
         self.stages = room(networks, self.plans.get("exits"), self.pixels)
-        self.method, self.terms = [""] * capacity, [Terms()] * capacity
+        self.method, self.terms = [""] * cells, [Terms()] * cells
         self.alpha, self.draw = np.full(capacity, np.nan), np.zeros(capacity)
-        self.done = np.zeros(capacity, np.int64)
+        self.done = np.zeros(cells, np.int64)
 
     @torch.inference_mode()
     def admit(self, work: ClassifyWork, indices: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
-        """The source's forward on the new rows; UserError names max_cost or images when they cannot be served."""
+        """The source's forward on new rows, or noise on rows to be purified.
+
+        Raises:
+            UserError: names max_cost, purify or images where they cannot be served.
+        """
         plan, terms, shape = self.plans[work.method], self.methods[work.method].terms(work.max_cost), self.info.image
+        if work.purify is not None:
+            check_purify(work, self.info)
+            terms = Terms()  # contracts were fitted on images as they are
         for i in indices:
             if len(work.images[i]) != math.prod(shape):
                 raise UserError(f"image {i} has {len(work.images[i])} bytes, {self.info.name} takes {shape}", "images")
@@ -78,6 +92,10 @@ class ClassifyTask:
         self.draw[list(slots)] = uniforms(work.images[i] for i in indices)
         for slot in slots:
             self.method[slot], self.terms[slot] = work.method, terms
+        self.stage.forget(slots)
+        if work.purify is not None:
+            pixels = self.pixels[torch.as_tensor(slots, device=self.device)]
+            return [self.stage.enter(slots, pixels, (work.images[i] for i in indices), work.purify)] * len(slots)
         if plan.source:
             self._source(slots)
         return [len(plan.calls)] * len(slots)
@@ -91,7 +109,17 @@ class ClassifyTask:
 
     @torch.inference_mode()
     def step(self, slots: Sequence[int]) -> StepStats:
-        """One network call for every row; rows whose calls are of one network share it."""
+        """One network call for every row; rows whose calls are of one network share it. Purified rows may wait."""
+        purified = [slot for slot in slots if slot in self.stage.images]
+        moved = self.stage.choose(purified)
+        for slot in self.stage.denoise(moved):
+            self.stage.images[slot].row = self._classify_draws(self.method[slot], self.stage.finish(slot))
+        over = self._step([slot for slot in slots if slot not in self.stage.images])
+        waiting = frozenset(purified) - frozenset(moved)
+        return StepStats(rows=len(slots) - len(waiting), waiting=waiting, finished=frozenset(over))
+
+    def _step(self, slots: Sequence[int]) -> list[int]:
+        """The next call of rows that are not purified; those that need no more are returned."""
         due: dict[str, list[tuple[int, Call]]] = {}
         for slot in slots:
             call = self.plans[self.method[slot]].calls[self.done[slot]]
@@ -103,13 +131,26 @@ class ClassifyTask:
         over: list[int] = []
         for name, own in self._by_method(slots).items():
             over += self.methods[name].finished(self, own).tolist()
-        return StepStats(rows=len(slots), finished=frozenset(over))
+        return over
+
+    def _classify_draws(self, method: str, pixels: Tensor) -> ClassifiedRow:
+        """A method's whole plan on the draws (D, C, H, W) of one image: the mean of their probabilities."""
+        cells = list(range(self.capacity, self.capacity + len(pixels)))
+        rows, plan = torch.as_tensor(cells, device=self.device), self.plans[method]
+        self.pixels[rows], self.done[cells] = pixels, 0
+        if plan.source:
+            self._source(cells)
+        for call in plan.calls:
+            call.run(self, rows, [call] * len(cells))
+        [draws] = self.methods[method].answer(self, np.array(cells))
+        return mean_of(draws)
 
     @torch.inference_mode()
     def collect(self, slots: Sequence[int]) -> Sequence[ClassifiedRow]:
         """Calibrated probabilities, uncertainty, decisions and the prediction sets asked for, of finished rows."""
-        made: dict[int, ClassifiedRow] = {}
-        for name, rows in self._by_method(slots).items():
+        held = {slot: self.stage.images[slot].row for slot in slots if slot in self.stage.images}
+        made: dict[int, ClassifiedRow] = {slot: row for slot, row in held.items() if row is not None}
+        for name, rows in self._by_method([slot for slot in slots if slot not in held]).items():
             for part in self.methods[name].answer(self, rows):
                 for i, slot in enumerate(part.slots.tolist()):
                     made[slot] = self._row(slot, part, i)
@@ -135,6 +176,8 @@ class ClassifyTask:
 
     def receipt(self, work: ClassifyWork, rows: Sequence[ClassifiedRow]) -> dict[str, Any]:
         """What the answer cost, relative to `single`: MACs counted at load, time measured for the card."""
+        if work.purify is not None:
+            return purified_receipt(work, self.info)
         receipt: dict[str, Any] = {"method": work.method, "cost_vs_single": self.info.methods[work.method]}
         if work.method in self.info.times:
             receipt["time_vs_single"] = self.info.times[work.method]
@@ -159,6 +202,10 @@ def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) ->
     classifier, where = load_classifier(folder), pick_device(device)
     calibration, config = read_calibration(folder, classifier), classifier.config
     costs, plans = classifier.costs(), classifier.plans()
+    purifying = None
+    if (purifier := load_purifier(folder, config)) is not None:
+        purifying = purifier_info(purifier, config["purifier"], plans, classifier.macs()[SOURCE])
+        purifier.model.to(where)
     networks, backend = run_by(classifier, slots, where, runtime)
     decisions = {name: decision_rule(c.thresholds) for name, c in calibration.methods.items()}
     sets = {name: set_rule(c.conformal) for name, c in calibration.methods.items()}
@@ -189,9 +236,10 @@ def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) ->
         decisions=decisions,
         sets=sets,
         cascade=router.catalogue() if router else (),
+        purifier=purifying,
         default_method=next((name for name in BRIDGED if name in classifier.bridges), "single"),
     )
-    return ClassifyTask(info, classifier, calibration, networks, slots, where)
+    return ClassifyTask(info, classifier, calibration, networks, slots, where, purifier)
 
 
 def run_by(classifier: Classifier, slots: int, device: torch.device, runtime: Runtime) -> tuple[Programs, str]:

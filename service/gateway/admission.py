@@ -22,7 +22,10 @@ def price(work: Work, info: ModelInfo) -> int:
         gear = pick_gear(info, work.gear)
         planned = planned_layer_evals(gear, work.steps, work.guidance, work.rows, work.solver, work.guidance_interval)
     else:
-        planned = info.calls.get(work.method, 1) * work.rows
+        calls, purifier = info.calls.get(work.method, 1), info.purifier
+        if work.purify is not None and purifier is not None:
+            calls = work.purify * (purifier.calls + calls)
+        planned = calls * work.rows
     return max(1, planned)
 
 

@@ -77,6 +77,7 @@ def classify_work(params: ClassifyParams, info: ModelInfo, images: Sequence[byte
     method = default if params.method is None else params.method
     if method not in info.methods:
         raise unknown("method", method, info.methods)
+    check_purify(params, method, info)
     if params.alpha is not None and method not in info.sets:
         raise BadRequest(f"{info.name} has no calibrated prediction sets for {method}", field="alpha")
     check_cost(params.max_cost, method, info)
@@ -87,7 +88,21 @@ def classify_work(params: ClassifyParams, info: ModelInfo, images: Sequence[byte
         top_k=min(params.top_k, len(info.labels)),
         alpha=params.alpha,
         max_cost=params.max_cost,
+        purify=params.purify,
     )
+
+
+def check_purify(params: ClassifyParams, method: str, info: ModelInfo) -> None:
+    """Refuse to purify where the model or the method cannot, and to promise sets that do not hold then."""
+    if params.purify is None:
+        return
+    if info.purifier is None:
+        raise BadRequest(f"{info.name} has no purifier: drop purify", field="purify")
+    if method not in info.purifier.methods:
+        known = ", ".join(info.purifier.methods)
+        raise BadRequest(f"{method} does not answer purified images; these do: {known}", field="purify")
+    if params.alpha is not None:
+        raise BadRequest("sets were calibrated on images that are not purified: drop alpha, or purify", field="alpha")
 
 
 def check_cost(max_cost: float | None, method: str, info: ModelInfo) -> None:

@@ -143,12 +143,24 @@ class Classification(RankedClass):
     top_k: list[RankedClass]
     probabilities: dict[str, float]
     uncertainty: dict[str, float]
-    decision: DecisionName | None = Field(None, description="Absent where the model was not calibrated.")
+    decision: DecisionName | None = Field(
+        None, description="Absent where the model was not calibrated, or with `purify`."
+    )
     prediction_set: list[str] | None = Field(None, description="Class names, likeliest first; present with `alpha`.")
 
 
+class Purified(BaseModel):
+    """Diffusion time that images were noised to, denoising steps, and noises averaged over."""
+
+    u: float
+    steps: int
+    draws: int
+
+
 class ClassifyReceipt(BaseModel):
-    """How the answer was made; costs are conv + linear MACs relative to `single`. The optional are a cascade's."""
+    """How the answer was made; costs are conv + linear MACs relative to `single`. `purified` stands with `purify`, the
+    other optional ones are a cascade's.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -157,6 +169,7 @@ class ClassifyReceipt(BaseModel):
     expected_cost: float | None = Field(None, description="Mean over validation at the point that max_cost picked.")
     escalated: list[int] | None = Field(None, description="Images that the members answered, from 0.")
     image_costs: list[float] | None = Field(None, description="By image.")
+    purified: Purified | None = None
 
 
 class ClassifyResponse(BaseModel):

@@ -153,12 +153,11 @@ def classify_requests(n: int) -> list[dict[str, Any]]:
     rng, images = random.Random(3), sheet("fashion-test.png")
     options: list[dict[str, Any]] = [{"method": method} for method in METHODS]
     options += [{"max_cost": cost} for cost in (1.2, 1.6, 2.5, 9)]
+    asked = [option | sets for option in options for sets in ({}, {"alpha": 0.1}, {"alpha": 0.01})]
+    asked += [{"purify": draws, "method": method} for draws in (1, 3) for method in ("single", "ensemble")]
     return [
-        {
-            "images": [png(images[rng.randrange(len(images))]) for _ in range(rng.choice([1, 1, 2, 9]))],
-            **rng.choice(options),
-            **rng.choice([{}, {"alpha": 0.1}, {"alpha": 0.01}]),
-        }
+        {"images": [png(images[rng.randrange(len(images))]) for _ in range(rng.choice([1, 1, 2, 9]))]}
+        | rng.choice(asked)
         for _ in range(n)
     ]
 
@@ -168,11 +167,9 @@ def assert_same_answers(one: dict[str, Any], other: dict[str, Any], body: dict[s
     for a, b in zip(one["results"], other["results"], strict=True):
         asked = {key: value for key, value in body.items() if key != "images"}
         assert list(a) == list(b), asked
-        assert (a["label"], a["decision"], a.get("prediction_set")) == (
-            b["label"],
-            b["decision"],
-            b.get("prediction_set"),
-        )
+        assert a["label"] == b["label"]
+        assert (a.get("decision"), a.get("prediction_set")) == (b.get("decision"), b.get("prediction_set"))
+        assert ("decision" in a) == ("purify" not in body)
         assert ("prediction_set" in a) == ("alpha" in body)
         assert list(a["probabilities"].values()) == pytest.approx(list(b["probabilities"].values()), rel=1e-4, abs=1e-6)
         assert a["uncertainty"] == pytest.approx(b["uncertainty"], rel=1e-3, abs=1e-5)
@@ -221,11 +218,21 @@ def test_sets_hold_the_label_about_as_often_as_promised(client):
 @pytest.mark.parametrize(
     ("asked", "field"),
     [({"alpha": 0}, "alpha"), ({"alpha": 1}, "alpha"), ({"max_cost": 1.1}, "max_cost"),
-     ({"max_cost": 3, "method": "ensemble"}, "max_cost")],
+     ({"max_cost": 3, "method": "ensemble"}, "max_cost"), ({"purify": 2, "method": "cascade"}, "purify"),
+     ({"purify": 2, "alpha": 0.1}, "alpha")],
 )  # fmt: skip
 def test_promises_that_cannot_be_kept_are_refused(client, asked, field):
     answer = client.post("/classify", json={"image": png(sheet("fashion-test.png")[0]), **asked})
     assert (answer.status_code, answer.json()["field"]) == (422, field)
+
+
+def test_purified_clothes_are_still_recognised_and_the_receipt_says_what_it_cost(client):
+    images, labels = sheet("fashion-test.png")[::4], np.repeat(np.arange(10), 5)
+    body = {"images": [png(image) for image in images], "method": "single", "purify": 2}
+    answer, offered = ask(client, body, "/classify"), client.get("/models/fashion-ensemble").json()["purifier"]
+    assert np.mean([r["index"] == y for r, y in zip(answer["results"], labels, strict=True)]) > 0.7
+    assert answer["receipt"]["purified"] == {"u": offered["u"], "steps": offered["steps"], "draws": 2}
+    assert answer["receipt"]["cost_vs_single"] == pytest.approx(2 * (offered["cost"] + 1))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -153,10 +153,15 @@ def run(task, job, slots=None):
     slots = slots or list(range(job.rows))
     left = dict(zip(slots, task.admit(job, range(job.rows), slots), strict=True))
     while moving := [slot for slot, n in left.items() if n]:
-        finished = task.step(moving).finished
-        assert finished <= set(moving)
-        left |= {slot: 0 if slot in finished else left[slot] - 1 for slot in moving}
+        left |= after(task.step(moving), moving, left)
     return task.collect(slots)
+
+
+def after(stats, slots, left):
+    """Evaluations to come of `slots` that were stepped, as the worker's scheduler counts them."""
+    assert stats.finished | stats.waiting <= set(slots)
+    assert stats.rows == len(slots) - len(stats.waiting) > 0
+    return {slot: 0 if slot in stats.finished else left[slot] - (slot not in stats.waiting) for slot in slots}
 
 
 def flood(task, jobs, rng):
@@ -167,8 +172,7 @@ def flood(task, jobs, rng):
             index = waiting.pop()
             [left[index]] = task.admit(jobs[index], [0], [index])
         moving = rng.sample(ready := [slot for slot, n in left.items() if n], len(ready))
-        finished = task.step(moving).finished if moving else ()
-        left |= {slot: 0 if slot in finished else left[slot] - 1 for slot in moving}
+        left |= after(task.step(moving), moving, left) if moving else {}
         for slot in [slot for slot, n in left.items() if not n]:
             [answers[slot]] = task.collect([slot])
             del left[slot]

@@ -1,18 +1,24 @@
 """What every classify method must keep, on the classifier folder of `classifiers.make_whole_zoo`."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from models.api import UserError
+from models.evaluation.attacks import bridged, methods
 from models.methods.interface import SOURCE
-from models.tasks.classifier import load_classifier
+from models.purification.purify import Dose, Purifier, image_keys
+from models.tasks.classifier import load_classifier, to_pixels
 from models.tasks.parts import parts
+from models.uncertainty.scores import soften
 from tests.models.classifiers import IMAGES, flood, run, work
 
 BASE = {"entropy", "margin", "max_probability", "temperature"}
 FROM_SOURCE = {"source_entropy", "disagreement_source_vs_estimate"}
+DOSE = Dose(u=0.3, steps=2, draws=1)
 OF_MEMBERS = {"expected_entropy", "mutual_information"}
 
 
@@ -65,8 +71,9 @@ def check_calls(task, method):
 def check_slots(task, method):
     """A slot that another row has used, or left half way, answers as a fresh one."""
     expected = run(task, work(method, IMAGES[0]), [5])[0]
-    for other in task.info.methods:
-        if task.admit(work(other, IMAGES[1]), [0], [5])[0]:
+    purified = task.info.purifier.methods if task.info.purifier else ()
+    for other, options in [*((name, {}) for name in task.info.methods), *((name, {"purify": 2}) for name in purified)]:
+        if task.admit(work(other, IMAGES[1], **options), [0], [5])[0]:
             task.step([5])
         found = run(task, work(method, IMAGES[0]), [5])[0]
         assert found.probabilities == pytest.approx(expected.probabilities, abs=1e-12), other
@@ -122,11 +129,52 @@ def check_max_cost(task, method):
     assert refused.value.field == "max_cost"
 
 
+def asked(task, method, rng):
+    """Either sets, or up to 16 draws of noise where the method answers purified images."""
+    can = task.info.purifier is not None and method in task.info.purifier.methods
+    return {"purify": rng.randint(1, 16)} if can and rng.random() < 0.5 else {"alpha": 0.2}
+
+
+def check_purified(task, folder, method):
+    """A purified answer is the mean over draws of the method's own on the purifier's pixels; its receipt says so."""
+    if method not in task.info.purifier.methods:
+        with pytest.raises(UserError) as refused:
+            task.admit(work(method, IMAGES[0], purify=1), [0], [0])
+        assert refused.value.field == "purify"
+        return
+    purifier = task.info.purifier
+    for draws in (1, 3):
+        job = work(method, *IMAGES[:4], purify=draws)
+        rows, by_hand = run(task, job), purified_by_hand(folder, method, draws)
+        for row, p in zip(rows, by_hand(rows[0].uncertainty["temperature"]), strict=True):
+            assert row.probabilities == pytest.approx(p, rel=1e-3, abs=1e-5)
+            assert row.uncertainty["entropy"] == pytest.approx(-(p * np.log(p)).sum(), rel=1e-3)
+            assert set(row.uncertainty) == BASE
+            assert (row.decision, row.prediction_set) == (None, None)
+        cost = draws * (purifier.cost + task.info.methods[method])
+        dose = {"u": 0.3, "steps": 2, "draws": draws}
+        assert task.receipt(job, rows) == {"method": method, "cost_vs_single": pytest.approx(cost), "purified": dose}
+
+
+def purified_by_hand(folder, method, draws):
+    """Probabilities (4, K) of the first images at a temperature, without the task."""
+    classifier, purifier = load_classifier(folder), Purifier.load(folder.parent / "toy-dit", (28, 28, 1), DOSE, "eco")
+    purifier = dataclasses.replace(purifier, dose=dataclasses.replace(DOSE, draws=draws))
+    x = to_pixels(np.stack([np.frombuffer(image, np.uint8).reshape(28, 28, 1) for image in IMAGES[:4]]))
+    ways = methods(classifier) | {"distilled": lambda x: classifier.student.network(x).log_softmax(1)}
+    ways |= {
+        name: lambda x, bridge=bridge: bridged(classifier, bridge, x) for name, bridge in classifier.bridges.items()
+    }
+    with torch.no_grad():
+        log_p = ways[method](purifier(x, image_keys(IMAGES[:4])).flatten(0, 1)).double().numpy()
+    return lambda temperature: soften(log_p, temperature).reshape(4, draws, -1).mean(1)
+
+
 def check_flood(task, rng, methods):
     """Rows of all methods at once answer as alone, and so does what is decided from them."""
     for _ in range(3):
         order = rng.sample(methods * 2, len(IMAGES)) if 2 * len(methods) >= len(IMAGES) else rng.choices(methods, k=12)
-        jobs = [work(method, image, alpha=0.2) for method, image in zip(order, IMAGES, strict=True)]
+        jobs = [work(method, image, **asked(task, method, rng)) for method, image in zip(order, IMAGES, strict=True)]
         alone = [run(task, job, [4])[0] for job in jobs]
         for job, row, expected in zip(jobs, flood(task, jobs, rng), alone, strict=True):
             assert row.probabilities == pytest.approx(expected.probabilities, rel=1e-4, abs=1e-6), job.method

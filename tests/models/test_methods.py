@@ -30,6 +30,7 @@ from tests.models.classifiers import (
     write_bridges,
     write_student,
 )
+from tests.models.purifiers import write_purifier
 
 
 def split(n, seed):
@@ -40,6 +41,7 @@ def split(n, seed):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = make_whole_zoo(tmp_path_factory.mktemp("zoo"))
+    write_purifier(folder.parent)
     classifier = load_classifier(folder)
     halves = run_split(classifier, split(60, 1)), run_split(classifier, split(80, 2))
     write_calibration(folder, classifier, calibrate(classifier, *halves, Target("escalate_share", 0.3), 0.1))
@@ -66,6 +68,7 @@ def test_the_contract(task, folder, method):
     method_contract.check_slots(task, method)
     method_contract.check_cost(task, folder, method)
     method_contract.check_max_cost(task, method)
+    method_contract.check_purified(task, folder, method)
 
 
 def test_a_flood_of_all_methods_answers_as_alone(task):

@@ -11,7 +11,6 @@ import torch
 from typer.testing import CliRunner
 
 from models.api import ExitSchedule, UserError
-from models.backbones.dit import DiT, DiTConfig
 from models.evaluation import attacks
 from models.evaluation.attacked import keys_of, pick, purified, right
 from models.evaluation.attacks import Ball, attack
@@ -19,15 +18,14 @@ from models.evaluation.cli import app
 from models.evaluation.robustness import Trial, best, choose
 from models.purification.purify import Dose, Purifier, image_keys
 from models.solvers.vp import Cosine
-from models.store import StoreError, read_config, write_json, write_model
+from models.store import StoreError, read_config, write_json
 from models.tasks.classifier import load_classifier
+from tests.models.purifiers import save_generator
 from tests.models.test_classify_task import make_zoo
 from tests.models.test_contract import split
-from tests.models.test_generate_task import lively
 
 MEAN, SPREAD = 0.2, 0.6
 FULL = ExitSchedule((1.0,), (3,))
-STAIRS = ExitSchedule((0.1, 0.2, 1.0), (3, 2, 1))
 
 
 class Gaussian(torch.nn.Module):
@@ -57,27 +55,6 @@ def posterior_mean(x, alpha, sigma):
 
 def gaussian(clip=None, **dose):
     return Purifier(Gaussian(), Cosine(clip=clip), Dose(**dose), FULL)
-
-
-def save_generator(folder, side=28, **process):
-    torch.manual_seed(3)
-    shape = DiTConfig(image_size=side, width=16, depth=3, heads=2, classes=3, time_features=16)
-    config = {
-        "kind": "generator",
-        "name": folder.name,
-        "backbone": "dit",
-        "network": dataclasses.asdict(shape),
-        "process": {"prediction": "v", "clip": 1.0} | process,
-        "labels": ["a", "b", "c"],
-    }
-    write_model(folder, config, {"model.safetensors": lively(DiT(shape)).state_dict()})
-    stairs = {"edges": STAIRS.edges, "depths": STAIRS.depths}
-    gears = [
-        {"name": name, "schedule": schedule, "solver": "ddim", "steps": 5, "guidance": 1.0}
-        for name, schedule in (("full", {"edges": [1.0], "depths": [3]}), ("eco", stairs))
-    ]
-    write_json(folder / "gears.json", {"version": 1, "default": "full", "gears": gears})
-    return folder
 
 
 def write_idx(folder):

@@ -27,6 +27,9 @@ def test_every_shipped_folder_loads():
     assert set(classifier.info.methods) == {"single", "bridge", "ensemble", "cascade"}
     assert set(classifier.info.decisions) == set(classifier.info.sets) == set(classifier.info.methods)
     assert classifier.info.methods["bridge"] <= 1.25
+    purifier = classifier.info.purifier
+    assert (purifier.model, purifier.u, purifier.steps, purifier.gear) == ("fashion-dit", 0.3, 1, "full")
+    assert {"single", "bridge", "ensemble"} <= set(purifier.methods) <= set(classifier.info.methods) - {"cascade"}
 
 
 def test_measured_gears_meet_their_bars():

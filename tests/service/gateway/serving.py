@@ -16,7 +16,7 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
-from models.api import CascadePoint, DecisionRule, ExitSchedule, Gear, GenerateWork, ModelInfo, SetRule
+from models.api import CascadePoint, DecisionRule, ExitSchedule, Gear, GenerateWork, ModelInfo, PurifierInfo, SetRule
 from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.errors import Unavailable
@@ -49,6 +49,7 @@ JUDGE = ModelInfo(
     decisions={"bridge": RULE, "cascade": RULE},
     sets={"bridge": SetRule("raps", 5000, 1 / 5001)},
     cascade=(CascadePoint(0.0, 1.1864, RULE), CascadePoint(0.1, 1.6, RULE)),
+    purifier=PurifierInfo("drawer", "full", 0.3, 1, 13.5, 14, ("single", "bridge")),
     default_method="bridge",
 )
 INFOS = [DRAWER, JUDGE]
@@ -86,11 +87,14 @@ def echo(delivery: Delivery) -> Result:
                 for seed, label in zip(job.work.seeds, job.work.labels, strict=True)
             ),
         )  # fmt: skip
-    promised = ("escalate", None if job.work.alpha is None else (1, 0)) if job.work.method == "bridge" else ()
+    work = job.work
+    calibrated = work.method == "bridge" and work.purify is None
+    promised = ("escalate", None if work.alpha is None else (1, 0)) if calibrated else ()
+    dose = {} if work.purify is None else {"purified": {"u": 0.3, "steps": 1, "draws": work.purify}}
     prediction = Prediction((0.5, 0.25, 0.25), {"entropy": 1.04}, *promised)
     return Result(
-        id=job.id, outcome="ok", receipt={"method": job.work.method, "cost_vs_single": 1.2},
-        predictions=(prediction,) * job.work.rows,
+        id=job.id, outcome="ok", receipt={"method": work.method, "cost_vs_single": 1.2, **dose},
+        predictions=(prediction,) * work.rows,
     )  # fmt: skip
 
 

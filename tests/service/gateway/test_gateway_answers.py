@@ -127,6 +127,24 @@ async def test_a_cost_asks_for_a_cascade(http: httpx.AsyncClient, worker: Worker
     assert [job.work.max_cost for job in worker.seen] == [1.2, 1.2, None]
 
 
+async def test_purified_images_say_so_and_carry_no_decision(http: httpx.AsyncClient, worker: Worker) -> None:
+    files = [("file", ("a.png", BOOT))]
+    for answer in (
+        await http.post("/classify", json={"image": b64(BOOT), "purify": 4}),
+        await http.post("/classify", files=files, data={"purify": "4"}),
+        await http.post("/classify", files=files, params={"purify": "4"}),
+    ):
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["receipt"]["purified"] == {"u": 0.3, "steps": 1, "draws": 4}
+        assert not {"decision", "prediction_set"} & set(answer.json()["results"][0])
+    assert [(job.work.purify, job.cost) for job in worker.seen] == [(4, 4 * (14 + 2))] * 3
+    plain = (await http.post("/classify", json={"image": b64(BOOT)})).json()
+    assert "purified" not in plain["receipt"]
+    shown = (await http.get("/models/judge")).json()["purifier"]
+    assert shown["model"] == "drawer"
+    assert shown["methods"] == ["single", "bridge"]
+
+
 async def test_what_was_not_calibrated_is_absent_not_null(http: httpx.AsyncClient, worker: Worker) -> None:
     [result] = (await http.post("/classify", json={"image": b64(BOOT), "method": "single"})).json()["results"]
     assert not {"decision", "prediction_set"} & set(result)

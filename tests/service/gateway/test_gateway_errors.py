@@ -98,6 +98,10 @@ async def test_form_bodies_and_query_parameters_are_refused(http: httpx.AsyncCli
         ({"image": BOOT, "alpha": 0.1, "method": "single"}, 422, "bad_request", "alpha"),
         *[({"image": BOOT, "max_cost": c}, 422, "bad_request", "max_cost") for c in (0, 0.99, 1.18, -1, "2", [2])],
         ({"image": BOOT, "max_cost": 2, "method": "bridge"}, 422, "bad_request", "max_cost"),
+        *[({"image": BOOT, "purify": d}, 422, "bad_request", "purify") for d in (0, 17, -1, 1.5, "4", True, [4])],
+        ({"image": BOOT, "purify": 4, "method": "cascade"}, 422, "bad_request", "purify"),
+        ({"image": BOOT, "purify": 4, "max_cost": 2}, 422, "bad_request", "purify"),
+        ({"image": BOOT, "purify": 4, "alpha": 0.1}, 422, "bad_request", "alpha"),
     ],
 )
 async def test_classify_names_what_is_wrong(
@@ -123,6 +127,7 @@ async def test_numbers_that_json_does_not_have_are_refused(http: httpx.AsyncClie
         ([("file", b"x")], {"colour": "red"}, "colour", "bad_request"),
         *[([("file", b"x")], {"max_cost": c}, "max_cost", "bad_request") for c in ("nan", "inf", "0.5", "cheap")],
         *[([("file", b"x")], {"alpha": a}, "alpha", "bad_request") for a in ("nan", "inf", "0", "1.0", "")],
+        *[([("file", b"x")], {"purify": d}, "purify", "bad_request") for d in ("0", "17", "yes", "1.5", "")],
         ([("file", b"x")], {"image": "text"}, "image", "bad_request"),
         ([("file", b"x")], {"top_k": ["1", "2"]}, "top_k", "bad_request"),
     ],

@@ -4,7 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from models.api import SEED_LIMIT, ClassifyParams, ExitSchedule, Gear, GenerateParams, ModelInfo, SolverOptions
+from models.api import (
+    SEED_LIMIT,
+    ClassifyParams,
+    ExitSchedule,
+    Gear,
+    GenerateParams,
+    ModelInfo,
+    PurifierInfo,
+    SolverOptions,
+)
 from service.errors import BadRequest, NoWorker, UnknownName
 from service.gateway.admission import price
 from service.gateway.resolve import classify_work, generate_work, pick_label, pick_model, splitmix64
@@ -133,6 +142,35 @@ def test_a_cost_without_a_cascade_is_refused() -> None:
     with pytest.raises(BadRequest, match="only method cascade") as refused:
         classify_work(ClassifyParams(max_cost=3.0), JUDGE, [b""])
     assert refused.value.field == "max_cost"
+
+
+PURIFIER = PurifierInfo("drawer", "full", 0.3, 1, 13.5, 14, ("single", "bridge"))
+
+
+def test_purified_images_are_priced_by_draw() -> None:
+    info = replace(JUDGE, purifier=PURIFIER)
+    work = classify_work(ClassifyParams(purify=4), info, [b"a"] * 3)
+    assert work.purify == 4
+    assert price(work, info) == 3 * 4 * (14 + 2)
+
+
+@pytest.mark.parametrize(
+    ("params", "info", "field", "words"),
+    [
+        (ClassifyParams(purify=1), JUDGE, "purify", "judge has no purifier: drop purify"),
+        (
+            ClassifyParams(purify=1),
+            replace(JUDGE, purifier=replace(PURIFIER, methods=("single",))),
+            "purify",
+            "bridge does not answer purified images; these do: single",
+        ),
+        (ClassifyParams(purify=1, alpha=0.1), replace(JUDGE, purifier=PURIFIER), "alpha", "drop alpha, or purify"),
+    ],
+)
+def test_what_cannot_be_purified_is_refused(params: ClassifyParams, info: ModelInfo, field: str, words: str) -> None:
+    with pytest.raises(BadRequest, match=words) as refused:
+        classify_work(params, info, [b""])
+    assert refused.value.field == field
 
 
 def test_prices() -> None:
