@@ -15,7 +15,7 @@ SolverName = Literal[
 ]
 GridName = Literal["linspace", "leading", "trailing", "karras", "exponential", "logsnr"]
 ImageFormat = Literal["png", "webp", "npy"]
-MethodName = Literal["single", "bridge", "bridges", "bridge_network", "distilled", "ensemble", "cascade"]
+MethodName = Literal["single", "bridge", "bridges", "bridge_network", "distilled", "exits", "ensemble", "cascade"]
 DecisionName = Literal["accept", "escalate", "abstain"]
 
 SEED_LIMIT = 2**53
@@ -323,7 +323,8 @@ class ClassifiedRow:
     """One classified image: calibrated probabilities (K,) and uncertainty in nats.
 
     `decision` is absent (None) where the model was not calibrated or the image purified, `prediction_set` (class
-    indices, likeliest first) where no alpha was asked for. `escalated`: a cascade's members ran.
+    indices, likeliest first) where no alpha was asked for. `escalated`: a cascade's members ran. `exit`: the stage of
+    the source that it left after (from 1), 0 where it did not leave early.
     """
 
     probabilities: tuple[float, ...]
@@ -331,6 +332,7 @@ class ClassifiedRow:
     decision: DecisionName | None = None
     prediction_set: tuple[int, ...] | None = None
     escalated: bool = False
+    exit: int = 0
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ METHODS = {
     "bridges": "models.methods.bridges:Bridges",
     "bridge_network": "models.methods.bridge_network:CurveBridges",
     "distilled": "models.methods.distilled:Distilled",
+    "exits": "models.methods.exits:Exits",
     "ensemble": "models.methods.ensemble:Ensemble",
     "cascade": "models.methods.cascade:Cascade",
 }

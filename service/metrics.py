@@ -39,6 +39,7 @@ SECONDS = (
 )
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256)
 NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.3, 3.0, 5.0)
+EXITS = ("1", "2", "3")  # stages of a classifier that may answer
 OUTCOMES = ("ok", "bad_request", "rejected", "expired", "failed", "unavailable")
 
 
@@ -131,6 +132,9 @@ class WorkerMetrics:
         self.decisions = Counter(
             "offramp_decisions", "Images accepted, escalated, abstained.", ["model", "method", "decision"], registry=r
         )
+        self.early_exits = Counter(
+            "offramp_classify_exits", "Images by the stage of the source that answered.", ["model", "exit"], registry=r
+        )
         self.model = Info("offramp_model", "Model served by this worker.", ["model"], registry=r)
         self.exit_depth = ExitDepths()
         r.register(self.exit_depth)
@@ -150,6 +154,8 @@ class WorkerMetrics:
             self.outcomes.labels(info.name, outcome)
         for mode in [g.name for g in info.gears] + list(info.methods):
             self.images.labels(info.name, mode)
+        for stage in EXITS if "exits" in info.methods else ():
+            self.early_exits.labels(info.name, stage)
         for method in info.decisions:
             for decision in get_args(DecisionName):
                 self.decisions.labels(info.name, method, decision)

@@ -21,7 +21,7 @@ CLASSIFIER = ModelInfo(
     labels=("a", "b"),
     image=(28, 28, 1),
     weights="e" * 64,
-    methods={"single": 1.0, "bridge": 1.2},
+    methods={"single": 1.0, "bridge": 1.2, "exits": 0.6},
     decisions={"bridge": DecisionRule("entropy", 0.6, 1.5, "coverage_at_risk", 0.05, 0.95, 0.85, 0.04, 0.05)},
     default_method="bridge",
 )
@@ -57,5 +57,7 @@ class Traffic:
         self.worker.ticked("judge", 0.01, StepStats(rows=4), jobs=1)
         for decision, images in (("accept", 6), ("escalate", 1), ("abstain", 1)):
             self.worker.decisions.labels("judge", "bridge", decision).inc(images)
+        for stage, images in (("1", 5), ("2", 2), ("3", 1)):
+            self.worker.early_exits.labels("judge", stage).inc(images)
         self.worker.entropy.labels("judge", "bridge").observe(0.4)
         self.worker.disagreement.labels("judge", "bridge").observe(0.05)

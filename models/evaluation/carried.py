@@ -22,7 +22,8 @@ from models.bridge.sample import run_bridge
 from models.evaluation.ensembles import load_network
 from models.evaluation.score import Floats
 from models.store import StoreError, read_config
-from models.tasks.classifier import check_source, folder_beside, load_bridge_network
+from models.tasks.beside import check_source, folder_beside
+from models.tasks.classifier import load_bridge_network
 
 ALONE = {"distilled": "DBN x1, distilled", "mse": "regressor, MSE", "kl": "regressor, KL"}
 KINDS = ("bridge", *ALONE, "pair", "curve")

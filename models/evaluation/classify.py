@@ -16,6 +16,7 @@ import torch
 from models.api import ClassifiedRow, ClassifyWork
 from models.evaluation.carried import Call, Carried, load_carried
 from models.evaluation.ensembles import load_pool, rows_of_ensembles
+from models.evaluation.leaving import answers_of, load_seeds
 from models.evaluation.metrics import deep_ensemble_equivalent, interval, spearman
 from models.evaluation.score import Answers, Floats, Labels, Row, Score, ranked, score
 from models.evaluation.uncertainty import Study
@@ -121,6 +122,8 @@ def evaluate(
         for name, ways in carried.rows.items()
     }
     rows |= {name: Row([scored(answers) for answers in runs]) for name, runs in answered.items()}
+    if exits := load_seeds(ensemble, pool[0]):
+        rows["exits"] = Row([scored(answers_of(e, parts)) for e in exits])
     if found and "cascade" in found.test.p:
         rows["cascade"] = Row([scored(served_answers(found, "cascade", parts))])
     spread = spreads(seen, splits.test.labels, served, rows["source"].scores[0].temperature)

@@ -78,6 +78,7 @@ def notes(made: Evaluation, costs: Mapping[str, Cost], where: dict[str, str]) ->
         "c: at the method's own validation temperature T*. DE-m is averaged over subsets of the pool, ± by leaving one "
         "member out at a time (jackknife); elsewhere ± is the standard error over seeds. DEE: the m of DE-m with the "
         "same cNLL (raw: NLL), which a temperature alone can raise when raw. Gaps are in cNLL, from the source. "
+        "exits: costs on test images, with the seed that is served. "
         "DBN x1 stands on the source and one light network, x2 on two; corrected: the source's double weight taken "
         "back. AUROC, AUPR, AURC: of entropy at T*; foreign: those images above test images. MACs, parameters and "
         f"time are relative to the source, time the fastest of 15 turns. {origin(where)}"

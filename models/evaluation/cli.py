@@ -15,12 +15,14 @@ from models.evaluation import robustness as attacked
 from models.evaluation.carried import load_carried
 from models.evaluation.classify_report import classify_table
 from models.evaluation.costs import Counter, cost_of_cascade, costs_of
+from models.evaluation.leaving import cost_of_exits
 from models.evaluation.report import find, gears_table, provenance, write_card
 from models.evaluation.served_times import ratios, time_served, times_table
 from models.evaluation.uncertainty import study
 from models.evaluation.uncertainty_report import draw, report
 from models.store import read_config, write_json
-from models.tasks.classifier import folder_beside, load_classifier
+from models.tasks.beside import folder_beside
+from models.tasks.classifier import load_classifier
 from models.tasks.contracts import write_calibration
 from models.training.data import read, splits
 
@@ -71,6 +73,8 @@ def classify(
     costs = costs_of(counter)
     if (cascade := cost_of_cascade(counter, classifier, found)) is not None:
         costs["cascade"] = cascade
+    if classifier.exits is not None:
+        costs["exits"] = cost_of_exits(counter, classifier.exits, found.test.left)
     where = provenance()
     served = time_served(folder, parts.test.images)
     table = f"{classify_table(made, costs, where)}\n\n{times_table(served)}"
@@ -82,8 +86,8 @@ def classify(
         write_calibration(folder, classifier, found.calibration)
         write_json(folder / "config.json", {**read_config(folder), "times": ratios(served)})
         write_card(folder, f"{table}\n\n{more}")
-        for beside in (folder_beside(folder, "bridge"), folder_beside(folder, "student")):
-            if beside is not None:
+        for kind in ("bridge", "student", "exits"):
+            if (beside := folder_beside(folder, kind)) is not None:
                 write_card(beside, table)
     paid = {name: vars(cost) for name, cost in costs.items()}
     print(json.dumps({"model": folder.name, **made.json(), "costs": paid, **where}))

@@ -16,6 +16,7 @@ import typer
 from torch import Tensor
 
 from models.api import UserError
+from models.backbones.early_exits import Macs, count
 from models.evaluation import early_exit as ee
 from models.evaluation import served
 from models.evaluation.report import find, markdown, provenance
@@ -26,6 +27,7 @@ from models.tasks.classifier import Classifier, load_classifier, to_pixels
 from models.training.data import Split, Splits, splits
 from models.training.heads import Cache, Exits, HeadsRecipe, cache, train_heads, train_jointly
 from models.training.members import random_shift
+from models.uncertainty.early_exit import Curve, choose_thresholds, confidences, own_losses, route
 from models.uncertainty.scores import fit_temperature, log_softmax, soften
 
 Model = Annotated[Path, typer.Argument(help="Ensemble folder, or the name of a model of the zoo.")]
@@ -45,7 +47,7 @@ class Known:
     def losses(self, method: str) -> ee.Floats:
         """Calibrated losses (N,) of a method on test."""
         val, tst = self.methods[method]
-        return ee.own_losses(soften(tst, fit_temperature(val, self.labels[0])), self.labels[1])
+        return own_losses(soften(tst, fit_temperature(val, self.labels[0])), self.labels[1])
 
 
 @dataclass(frozen=True)
@@ -92,23 +94,23 @@ def alone(name: str, method: Parts, cost: float, heads: str = "", run: Any = Non
 
 
 def thresholded(
-    heads: str, exits: Exits, known: Known, source: Any, macs: ee.Macs, ends: dict[str, float], budgets: list[float]
+    heads: str, exits: Exits, known: Known, source: Any, macs: Macs, ends: dict[str, float], budgets: list[float]
 ) -> list[Row]:
     """Confidence thresholds at every budget; who answers last is chosen on selection with them."""
     own, labels = by_exit(exits, known), known.labels[0]
     heat = [fit_temperature(p[0], labels) for p in own]
-    scores = [np.stack([soften(own[k][part], heat[k]).max(1) for k in (0, 1)], 1) for part in (0, 1)]
+    scores = [confidences([own[k][part] for k in (0, 1)], heat[:2]) for part in (0, 1)]
     curves = {}
     for end, extra in ends.items():
         last = own[2] if end == "head 3" else known.methods[end]
         answers = [own[0], own[1], last]
-        losses = [ee.own_losses(soften(p[0], fit_temperature(p[0], labels)), labels) for p in answers]
+        losses = [own_losses(soften(p[0], fit_temperature(p[0], labels)), labels) for p in answers]
 
         def costs(first: bool, second: bool, end: str = end, extra: float = extra) -> ee.Floats:
             return macs.costs([first, second, end == "head 3"], extra)
 
-        curve = ee.Curve(scores[0], np.stack(losses, 1), costs)
-        curves[end] = (curve, answers, ee.choose_thresholds(curve, budgets))
+        curve = Curve(scores[0], np.stack(losses, 1), costs)
+        curves[end] = (curve, answers, choose_thresholds(curve, budgets))
     rows = []
     for budget in budgets:
         offered = [end for end in curves if budget in curves[end][2]]
@@ -119,7 +121,7 @@ def thresholded(
         limits = chosen[budget]
         candidate = ee.Candidate(
             ([p[0] for p in answers], [p[1] for p in answers]),
-            (ee.route(scores[0], limits), ee.route(scores[1], limits)),
+            (route(scores[0], limits), route(scores[1], limits)),
             curve.costs(*(bool(np.isfinite(t)) for t in limits)),
         )
         leave = [ee.surer_than(t, h) for t, h in zip(limits, heat, strict=False)]
@@ -129,13 +131,13 @@ def thresholded(
 
 
 @torch.inference_mode()
-def gated(heads: str, price: float, exits: Exits, known: Known, source: Any, macs: ee.Macs) -> Row:
+def gated(heads: str, price: float, exits: Exits, known: Known, source: Any, macs: Macs) -> Row:
     """Jointly trained heads and gates: leave where the gate says more likely than not."""
     own = by_exit(exits, known)
     left = []
     for part in known.caches:
         gates = [exits.gate(k, exits.heads[k](part.pooled[k])) for k in range(len(exits.gates))]
-        left.append(ee.route(torch.stack(gates, 1).double().numpy(), [0.5] * len(gates)))
+        left.append(route(torch.stack(gates, 1).double().numpy(), [0.5] * len(gates)))
     candidate = ee.Candidate(
         ([p[0] for p in own], [p[1] for p in own]), (left[0], left[1]), macs.costs([True, True, True])
     )
@@ -171,7 +173,7 @@ def references(classifier: Classifier, known: Known) -> list[Row]:
         temperature = fit_temperature(answers[0][0], known.labels[0])
         scores = [soften(answers[0][part], temperature).max(1, keepdims=True) for part in (0, 1)]
         limit = float(np.quantile(scores[0], 0.1))
-        left = (ee.route(scores[0], [limit]), ee.route(scores[1], [limit]))
+        left = (route(scores[0], [limit]), route(scores[1], [limit]))
         extra = costs["bridge"] + costs["ensemble"] - 1.0
         pair = ([p[0] for p in answers], [p[1] for p in answers])
         rows.append(Row("", "cascade, 10 % asked", ee.Candidate(pair, left, np.array([costs["bridge"], extra]))))
@@ -183,14 +185,14 @@ def study(classifier: Classifier, found: Splits, recipe: HeadsRecipe, prices: li
     torch.manual_seed(recipe.seed)
     source = classifier.members[0]
     exits = Exits(source.config, recipe.grid, recipe.hidden)
-    macs = ee.count(source, exits, to_pixels(found.test.images[:1]))
+    macs = count(source, exits, to_pixels(found.test.images[:1]))
     known, costs = know(classifier, found, exits), classifier.costs()
     ends = {"single": 0.0, "head 3": 0.0} | ({"bridge": costs["bridge"] - 1.0} if "bridge" in costs else {})
     rows = references(classifier, known)
     for name, (part, field) in transfer(classifier, exits, found.train).items():
         goal: Tensor = getattr(part, field)
         with TemporaryDirectory() as folder:
-            heads = train_heads(exits, part, goal, recipe, Path(folder) / "heads")
+            heads = train_heads(exits, part.pooled, goal, recipe, Path(folder) / "heads")
             for k, own in enumerate(by_exit(heads, known)):
                 used = [k == j for j in range(3)]
                 leave: list[ee.Leave | None] = [(lambda z: z[:, 0] == z[:, 0]) if u else None for u in used[:2]]

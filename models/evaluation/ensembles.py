@@ -13,7 +13,7 @@ import numpy as np
 from models.evaluation.score import Answers, Floats, Row, Score
 from models.registry import BACKBONES, resolve
 from models.store import read_config, read_tensors
-from models.tasks.classifier import finite
+from models.tasks.beside import finite
 from models.uncertainty.scores import mean_log_probability
 
 MOST = 70  # subsets of one size; a pool of 8 has no more of any

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -36,12 +36,16 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """Of a split's rows: labels and draws (N,), logits of the members (N, M, K), calibrated probabilities by method."""
+    """Of a split's rows: labels and draws (N,), logits of the members (N, M, K), calibrated probabilities by method.
+
+    `left` (N,): no. of the exit at which method `exits` answered; empty without one.
+    """
 
     labels: NDArray[np.int64]
     u: Floats
     logits: Floats
     p: dict[str, Floats]
+    left: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     def answers(self, method: str) -> Answers:
         """One method's, with what fitting needs."""
@@ -63,7 +67,7 @@ class Outputs:
         del found["temperature"]
         if method == "single":
             found["energy"] = energy(self.logits[:, 0])
-        elif method != "distilled":
+        elif method not in ("distilled", "exits"):
             found |= against_source(p, source)
         if method == "ensemble":
             found |= among_members(log_softmax(self.logits))
@@ -73,8 +77,9 @@ class Outputs:
 @torch.inference_mode()
 def run(classifier: Classifier, split: Split, batch: int = 1000) -> Outputs:
     """Every method on every row, the source's tap shared as in service."""
-    source, student = classifier.members[0], classifier.student
+    source, student, exits = classifier.members[0], classifier.student, classifier.exits
     logits, estimates, distilled = [], {name: list[Floats]() for name in classifier.bridges}, []
+    staged: list[list[Floats]] = []
     for i in range(0, len(split), batch):
         x = to_pixels(split.images[i : i + batch])
         tap = source.tap(x)
@@ -89,6 +94,8 @@ def run(classifier: Classifier, split: Split, batch: int = 1000) -> Outputs:
             estimates[name].append(torch.stack(carried, 1).double().numpy())
         if student is not None:
             distilled.append(student.network(x).double().numpy())
+        if exits is not None:
+            staged.append([log_softmax(z.double().numpy()) for z in exits.every(x)])
     z = np.concatenate(logits)
     log_p = log_softmax(z)
     p = {
@@ -100,7 +107,10 @@ def run(classifier: Classifier, split: Split, batch: int = 1000) -> Outputs:
         p[name] = soften(mixture(each, log_p[:, 0], bridge.source_weight), bridge.temperature)
     if student is not None:
         p["distilled"] = soften(log_softmax(np.concatenate(distilled)), student.temperature)
-    return Outputs(split.labels, uniforms(image.tobytes() for image in split.images), z, p)
+    left = np.empty(0, np.int64)
+    if exits is not None:
+        p["exits"], left = exits.leave([np.concatenate(answers) for answers in zip(*staged, strict=True)])
+    return Outputs(split.labels, uniforms(image.tobytes() for image in split.images), z, p, left)
 
 
 def calibrate(

@@ -37,22 +37,31 @@ def bridge_name(name: str) -> str:
     return f"bridge-{name}"
 
 
+def exit_name(stage: int) -> str:
+    """Network of the exit after the source's stage `stage`, counted from 1."""
+    return f"exit-{stage}"
+
+
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """Rows that know the same: calibrated probabilities (N, K) and uncertainty arrays (N,) of `slots` (N,)."""
+    """Rows that know the same: calibrated probabilities (N, K) and uncertainty arrays (N,) of `slots` (N,).
+
+    `exit`: the stage of the source that they left after, counted from 1; 0 where they did not leave early.
+    """
 
     slots: Slots
     p: Floats
     scores: dict[str, Floats]
     escalated: bool = False
+    exit: int = 0
 
 
 class Rows(Protocol):
     """What calls and answers work on; first axis slots.
 
     The source fills `taps` (C, H, W), `features` (F,), `logits[:, 0]` (K,) and every column of `z` (columns, K), its
-    own logits softened. `logits` is (M, K), one row a member. `done` counts calls, `terms` are what a row runs under;
-    `networks` are those of the classifier by name.
+    own logits softened. `logits` is (M, K), one row a member. `stages` is what each early exit leaves to the next one.
+    `done` counts calls, `terms` are what a row runs under; `networks` are those of the classifier by name.
     """
 
     pixels: Tensor
@@ -60,6 +69,7 @@ class Rows(Protocol):
     features: Tensor
     logits: Tensor
     z: Tensor
+    stages: list[Tensor]
     done: Slots
     terms: list[Terms]
     networks: Mapping[str, Callable[..., Sequence[Tensor]]]

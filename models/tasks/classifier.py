@@ -1,10 +1,9 @@
-"""An ensemble folder with the bridges and the student beside it, loaded and checked together."""
+"""An ensemble folder with the bridges, the student and the exits beside it, loaded and checked together."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,10 +19,11 @@ from models.backbones.macs import count_macs
 from models.backbones.resnet import ResNet
 from models.methods.interface import Plan
 from models.registry import BACKBONES, METHODS, resolve
-from models.store import StoreError, model_folders, read_config, read_tensors, weights_digest
+from models.store import StoreError, read_config, read_tensors, weights_digest
+from models.tasks.beside import check_source, finite, folder_beside
+from models.tasks.exits import EarlyExits, load_exits
 from models.tasks.parts import parts
 
-TAP = "first"
 BRIDGED = ("bridge", "bridges", "bridge_network")  # what a bridge folder may serve
 
 
@@ -59,7 +59,7 @@ class Student:
 class Classifier:
     """Members (the first is the source), temperatures by method, and what stands beside the ensemble.
 
-    `bridges` are served entries by method, `student` is None where there is none.
+    `bridges` are served entries by method, `student` and `exits` are None where there are none.
     """
 
     config: dict[str, Any]
@@ -68,6 +68,7 @@ class Classifier:
     temperatures: dict[str, float]
     bridges: dict[str, BridgeModel] = field(default_factory=dict)
     student: Student | None = None
+    exits: EarlyExits | None = None
 
     @property
     def bridge(self) -> BridgeModel | None:
@@ -84,7 +85,8 @@ class Classifier:
         """Digest of every file that is served."""
         files = [self.config["files"][name] for name in self.config["members"]]
         files += [digest for bridge in self.bridges.values() for digest in bridge.digests]
-        return _digest(sorted({*files, *([self.student.sha256] if self.student else [])}))
+        files += [beside.sha256 for beside in (self.student, self.exits) if beside]
+        return _digest(sorted({*files}))
 
     @property
     def fingerprint(self) -> str:
@@ -94,7 +96,8 @@ class Classifier:
             for name, b in self.bridges.items()
         }
         student = self.student and [self.student.sha256, self.student.temperature]
-        return _digest([self.weights, self.config["network"], self.temperatures, bridges, student])
+        exits = [self.exits.facts()] if self.exits else []
+        return _digest([self.weights, self.config["network"], self.temperatures, bridges, student, *exits])
 
     def plans(self) -> dict[str, Plan]:
         """What a row of each method runs, at most: every method whose networks are here."""
@@ -102,7 +105,7 @@ class Classifier:
         return {name: plan for name, plan in found.items() if plan is not None}
 
     def costs(self) -> dict[str, float]:
-        """Conv + linear MACs of each method relative to `single`; of `cascade` the most that an image can cost."""
+        """Conv + linear MACs of each method relative to `single`; of `cascade` and `exits` the most possible."""
         macs = self.macs()
         return {name: plan.cost(macs) for name, plan in self.plans().items()}
 
@@ -118,14 +121,6 @@ def _digest(value: Any) -> str:
 def to_pixels(images: NDArray[np.uint8]) -> Tensor:
     """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255.0
-
-
-def finite(path: Path, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors of a file, refused when one holds NaN or infinity."""
-    for name, values in tensors.items():
-        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            raise StoreError(f"{path}: {name} holds NaN or infinity; train or export the model again")
-    return tensors
 
 
 def load_members(folder: Path) -> list[ResNet]:
@@ -145,16 +140,6 @@ def load_bridge_network(folder: Path, config: dict[str, Any], name: str) -> Brid
     file = f"{name}.safetensors"
     network.load_state_dict(finite(folder / file, read_tensors(folder, file, config["files"])))
     return network.eval().requires_grad_(False)
-
-
-def folder_beside(ensemble: Path, kind: str) -> Path | None:
-    """The folder of this kind beside `ensemble` that was trained for it; None when there is none."""
-    name = read_config(ensemble, "ensemble")["name"]
-    for folder in model_folders(ensemble.parent):
-        config = read_config(folder)
-        if config.get("kind") == kind and config.get("ensemble") == name:
-            return folder
-    return None
 
 
 def bridge_folder(ensemble: Path) -> Path | None:
@@ -178,18 +163,6 @@ def load_bridges(folder: Path, ensemble: dict[str, Any], source: ResNet) -> dict
         return {name: served(folder, name, config, networks) for name in config["serve"]}
     except (KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{folder}/config.json: missing or malformed: {error!r}; train the bridges again") from error
-
-
-def check_source(folder: Path, source: dict[str, Any], ensemble: dict[str, Any]) -> None:
-    """Refuse bridges of other weights, of other preprocessing where they say theirs, or of another tap."""
-    same = ensemble["files"].get(source["file"]) == source["sha256"] and ensemble["members"][0] == source["file"]
-    if not same or source.get("network", ensemble["network"]) != ensemble["network"]:
-        raise StoreError(
-            f"{folder} was trained on another {source['file']} than {ensemble['name']} has: "
-            "re-run `offramp train bridge`, or remove the bridge folder"
-        )
-    if source.get("tap", TAP) != TAP:
-        raise StoreError(f"{folder}/config.json: source.tap is {source['tap']!r}, a source's tap here is {TAP!r}")
 
 
 def check_shape(folder: Path, name: str, network: BridgeNetwork, source: ResNet) -> None:
@@ -247,9 +220,9 @@ def load_student(folder: Path, ensemble: dict[str, Any]) -> Student:
 
 
 def load_classifier(folder: Path) -> Classifier:
-    """An ensemble folder with the bridges and the student beside it."""
+    """An ensemble folder with the bridges, the student and the exits beside it."""
     config, members = read_config(folder, "ensemble"), load_members(folder)
-    bridges, student = folder_beside(folder, "bridge"), folder_beside(folder, "student")
+    bridges, student, exits = (folder_beside(folder, kind) for kind in ("bridge", "student", "exits"))
     return Classifier(
         config=config,
         weights=weights_digest(config["files"]),
@@ -257,4 +230,5 @@ def load_classifier(folder: Path) -> Classifier:
         temperatures=config.get("temperatures", {"single": 1.0, "ensemble": 1.0}),
         bridges=load_bridges(bridges, config, members[0]) if bridges else {},
         student=load_student(student, config) if student else None,
+        exits=load_exits(exits, config, members[0]) if exits else None,
     )

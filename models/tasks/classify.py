@@ -21,6 +21,7 @@ from models.backbones.folding import fold
 from models.backends.independent import Programs, build
 from models.backends.interface import Place
 from models.bridge.process import source
+from models.methods.exits import Exits, room
 from models.methods.interface import SOURCE, Answer, Call, Method, Slots
 from models.purification.purify import Purifier
 from models.registry import METHODS, resolve
@@ -65,6 +66,7 @@ class ClassifyTask:
         self.features = torch.zeros(cells, *features.shape[1:], device=device)
         self.logits = torch.zeros(cells, len(classifier.members), *logits.shape[1:], device=device)
         self.z = torch.zeros(cells, columns, *logits.shape[1:], device=device)
+        self.stages = room(networks, self.plans.get("exits"), self.pixels)
         self.method, self.terms = [""] * cells, [Terms()] * cells
         self.alpha, self.draw = np.full(capacity, np.nan), np.zeros(capacity)
         self.done = np.zeros(cells, np.int64)
@@ -165,6 +167,7 @@ class ClassifyTask:
             decision=contract.decide(scores)[0] if contract else None,
             prediction_set=contract.sets(p, alpha, self.draw[slot : slot + 1])[0] if contract and asked else None,
             escalated=part.escalated,
+            exit=part.exit,
         )
 
     def _by_method(self, slots: Sequence[int]) -> dict[str, Slots]:
@@ -184,6 +187,8 @@ class ClassifyTask:
             receipt["expected_cost"] = self.methods["cascade"].terms(work.max_cost).cost
             receipt["escalated"] = [i for i, row in enumerate(rows) if row.escalated]
             receipt["image_costs"] = costs
+        if isinstance(exits := self.methods[work.method], Exits):
+            receipt |= exits.paid(rows)
         return receipt
 
 
@@ -193,7 +198,7 @@ def running_costs(costs: Mapping[str, float]) -> Costs:
 
 
 def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) -> ClassifyTask:
-    """An ensemble folder, with the bridges and the student beside it, as a Task with `slots` slots."""
+    """An ensemble folder, with what stands beside it, as a Task with `slots` slots."""
     classifier, where = load_classifier(folder), pick_device(device)
     calibration, config = read_calibration(folder, classifier), classifier.config
     costs, plans = classifier.costs(), classifier.plans()
@@ -205,6 +210,8 @@ def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) ->
     decisions = {name: decision_rule(c.thresholds) for name, c in calibration.methods.items()}
     sets = {name: set_rule(c.conformal) for name, c in calibration.methods.items()}
     calls = {name: len(plan.networks) for name, plan in plans.items()}
+    if classifier.exits is not None:
+        costs["exits"], calls["exits"] = classifier.exits.expected_cost, math.ceil(classifier.exits.expected_calls)
     if (router := calibration.router) is None:
         costs.pop("cascade", None)
         calls.pop("cascade", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -9,19 +10,22 @@ import torch
 from torch import Tensor
 
 from models.backbones.bridge import BridgeNetwork
+from models.backbones.early_exits import ExitStage
 from models.backbones.resnet import ResNet
 from models.backends.parts import Part, Program
 from models.bridge.process import source
-from models.methods.interface import SOURCE, STUDENT, bridge_name, member_name
+from models.methods.interface import SOURCE, STUDENT, bridge_name, exit_name, member_name
 
 if TYPE_CHECKING:
     from models.tasks.classifier import Classifier
+    from models.tasks.exits import EarlyExits
 
 
 def parts(classifier: Classifier) -> list[Part]:
     """The source first: pixels -> tap, pooled features, logits; members and student: pixels -> logits.
 
-    Bridges: tap, z, step, features -> u. Examples lie where the source's weights lie.
+    Bridges: tap, z, step, features -> u. Exits: pixels, or what the exit before left -> that for the next, logits.
+    Examples lie where the source's weights lie.
     """
     first, *others = classifier.members
     height, width, channels = classifier.config["image"]
@@ -46,6 +50,19 @@ def parts(classifier: Classifier) -> list[Part]:
     for name, bridge in light.items():
         inputs, example = ("tap", "z", "step", "features"), partial(state, steps=bridge.config.steps)
         found.append(Part(bridge_name(name), carry(bridge), inputs, ("u",), example, bridge))
+    if classifier.exits is not None:
+        found += exits(classifier.exits, pixels)
+    return found
+
+
+def exits(served: EarlyExits, pixels: Callable[[int], tuple[Tensor, ...]]) -> list[Part]:
+    """Every exit; `pixels` is an example of what the first one sees."""
+    found, before = [], pixels
+    for stage, network in zip(served.stages, served.networks, strict=True):
+        last = stage == served.stages[-1]
+        outputs = ("logits",) if last else ("h", "logits")
+        found.append(Part(exit_name(stage), leave(network, last), ("x",), outputs, before, network))
+        before = partial(left_by, network, before)
     return found
 
 
@@ -68,3 +85,14 @@ def forward(network: ResNet) -> Program:
 def carry(network: BridgeNetwork) -> Program:
     """A bridge as a function of all that any of them may see."""
     return lambda tap, z, step, features: (network(tap, z, step, features),)
+
+
+def leave(network: ExitStage, last: bool) -> Program:
+    """An exit as a function of what came before; the last one leaves nothing to go on from."""
+    return (lambda x: (network(x)[1],)) if last else (lambda x: network(x))
+
+
+@torch.no_grad()
+def left_by(network: ExitStage, before: Callable[[int], tuple[Tensor, ...]], rows: int) -> tuple[Tensor]:
+    """What an exit leaves of the example that was `before` it."""
+    return (network(*before(rows))[0],)

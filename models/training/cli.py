@@ -18,7 +18,7 @@ from models.tasks.classifier import load_members
 from models.tasks.gears import write_gears
 from models.tasks.generator import load_model
 from models.training import bridge as bridges
-from models.training import compare
+from models.training import compare, exit_heads
 from models.training.curves import midpoints
 from models.training.data import splits
 from models.training.diffusion import DiffusionRecipe, model_config, train_diffusion
@@ -125,6 +125,18 @@ def distill(recipe: Recipe, data: Data, out: Out) -> None:
     members = load_members(folder)
     cache = cached(r.transfer, folder, generator(r.transfer, out), members, split.train.images, out)
     done(**train_students(r, cache, read_config(folder, "ensemble"), split.selection, out), seed=r.seed)
+
+
+@app.command()
+def heads(recipe: Recipe, data: Data, out: Out) -> None:
+    """Train exit heads on the source's stages, and choose when images leave it."""
+    r = read_recipe(recipe, exit_heads.ExitHeadsRecipe)
+    split, folder = splits(data), out / r.ensemble
+    members = load_members(folder)
+    cache = cached(r.transfer, folder, generator(r.transfer, out), members, split.train.images, out)
+    validation = exit_heads.Validation(members[0], split.selection)
+    made = exit_heads.train_exit_heads(r, cache, members[0], validation, out / "runs" / r.name)
+    done(**exit_heads.write_heads(out / r.name, r, read_config(folder, "ensemble"), made), seed=r.seed)
 
 
 @app.command("compare")

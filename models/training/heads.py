@@ -9,8 +9,7 @@ trained on all images, and gates do not move heads through their inputs.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,39 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.backbones.early_exits import ExitHead, ExitHeads, stages
 from models.backbones.resnet import ResNet, ResNetConfig
 from models.training.loop import Optim, train
 
 STEEP = 10.0  # of gates in their inputs, which differ by little; they learn as much faster
-
-
-def stages(source: ResNet) -> list[Callable[[Tensor], Tensor]]:
-    """The source's three stages in turn: pixels (N, C, H, W) -> first, second, third stage's output."""
-    b, rest = source.config.blocks, source.rest
-    first, second, third = rest[: b - 1], rest[b - 1 : 2 * b - 1], rest[2 * b - 1 :]
-    return [lambda x: first(source.tap(x)), second, third]
-
-
-class ExitHead(nn.Module):
-    """Pooled stage -> standardised -> one hidden layer -> logits."""
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, inputs: int, hidden: int, classes: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(inputs))
-        self.register_buffer("scale", torch.ones(inputs))
-        self.hidden, self.out = nn.Linear(inputs, hidden), nn.Linear(hidden, classes)
-
-    def standardise(self, pooled: Tensor) -> None:
-        """Take mean and deviation (inputs,) from pooled stages (N, inputs)."""
-        self.mean.copy_(pooled.mean(0))
-        self.scale.copy_(pooled.std(0).clamp_min(1e-3))
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """(N, inputs) -> logits (N, K)."""
-        return self.out(F.relu(self.hidden((pooled - self.mean) / self.scale)))
 
 
 def confidence(logits: Tensor) -> Tensor:
@@ -69,22 +40,14 @@ def exit_probabilities(gates: Tensor) -> Tensor:
     return torch.cat([gates[:, :1], gates[:, 1:] * stays[:, :-1], stays[:, -1:]], 1)
 
 
-class Exits(nn.Module):
-    """A head per stage, a gate per stage but the last. Stages are averaged over grid x grid fields before the head."""
+class Exits(ExitHeads):
+    """Heads, and a gate per stage but the last."""
 
     def __init__(self, source: ResNetConfig, grid: int, hidden: int) -> None:
-        super().__init__()
-        self.grid = grid
-        widths = [source.width, 2 * source.width, 4 * source.width]
-        self.heads = nn.ModuleList(ExitHead(c * grid * grid, hidden, source.classes) for c in widths)
-        self.gates = nn.ModuleList(nn.Linear(3, 1) for _ in widths[1:])
+        super().__init__(source, grid, hidden)
+        self.gates = nn.ModuleList(nn.Linear(3, 1) for _ in self.heads[1:])
         for parameter in self.gates.parameters():
             nn.init.zeros_(parameter)
-
-    def pool(self, stage: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C grid^2): means of square fields, the last ones cut off where H / grid is no integer."""
-        field = math.ceil(stage.shape[-1] / self.grid)
-        return (F.avg_pool2d(stage, field, ceil_mode=True) if field > 1 else stage).flatten(1)
 
     def gate(self, k: int, logits: Tensor) -> Tensor:
         """Probability (N,) of leaving at exit k from its logits (N, K), which get no gradient."""
@@ -114,35 +77,41 @@ class Cache:
 
 
 @torch.inference_mode()
-def cache(members: Sequence[ResNet], exits: Exits, x: Tensor, labels: NDArray[np.int64]) -> Cache:
-    """Run pixels (N, C, H, W) through the source's stages, and through the other members for the ensemble's answer."""
-    pooled: list[list[Tensor]] = [[] for _ in exits.heads]
-    source, ensemble = [], []
+def pooled_stages(source: ResNet, exits: ExitHeads, x: Tensor) -> list[Tensor]:
+    """The three stages of pixels (N, C, H, W) as heads see them, (N, inputs) each."""
+    parts = []
     for h in x.split(500):
-        others = [member(h).softmax(-1) for member in members[1:]]
-        for k, stage in enumerate(stages(members[0])):
+        h, found = h.float(), []
+        for stage in stages(source):
             h = stage(h)
-            pooled[k].append(exits.pool(h))
-        source.append(members[0].fc(h.mean(dim=(2, 3))))
-        ensemble.append(torch.stack([source[-1].softmax(-1), *others]).mean(0))
-    onehot = F.one_hot(torch.from_numpy(labels), source[0].shape[1]).float()
-    return Cache([torch.cat(p) for p in pooled], torch.cat(source), torch.cat(ensemble), onehot)
+            found.append(exits.pool(h))
+        parts.append(found)
+    return [torch.cat(pooled) for pooled in zip(*parts, strict=True)]
 
 
-def train_heads(exits: Exits, found: Cache, goal: Tensor, recipe: HeadsRecipe, out: Path) -> Exits:
-    """Every head on every image: cross-entropy against `goal` (N, K), labels or the ensemble's answer."""
+@torch.inference_mode()
+def cache(members: Sequence[ResNet], exits: ExitHeads, x: Tensor, labels: NDArray[np.int64]) -> Cache:
+    """Run pixels (N, C, H, W) through the source's stages, and through all members for the ensemble's answer."""
+    logits = torch.cat([torch.stack([member(h) for member in members], 1) for h in x.split(500)])
+    onehot = F.one_hot(torch.from_numpy(labels), logits.shape[-1]).float()
+    return Cache(pooled_stages(members[0], exits, x), logits[:, 0], logits.softmax(-1).mean(1), onehot)
+
+
+def train_heads(exits: Exits, pooled: Sequence[Tensor], goal: Tensor, recipe: HeadsRecipe, out: Path) -> Exits:
+    """Every head on every image, pooled stages (N, inputs) each: cross-entropy against `goal` (N, K), labels or the
+    ensemble's answer."""
     torch.manual_seed(recipe.seed)
     model = copy.deepcopy(exits)
-    for head, pooled in zip(model.heads, found.pooled, strict=True):
+    for head, part in zip(model.heads, pooled, strict=True):
         assert isinstance(head, ExitHead)
-        head.standardise(pooled)
+        head.standardise(part)
 
     def loss(step: int) -> Tensor:
         rows = torch.randint(len(goal), (recipe.optim.batch,))
-        parts = [F.cross_entropy(head(p[rows]), goal[rows]) for head, p in zip(model.heads, found.pooled, strict=True)]
+        parts = [F.cross_entropy(head(p[rows]), goal[rows]) for head, p in zip(model.heads, pooled, strict=True)]
         return torch.stack(parts).sum()
 
-    done = train(model, recipe.optim, loss, out, label="heads", freeze=[model.gates]).ema
+    done = train(model, recipe.optim, loss, out, label=out.name, freeze=[model.gates]).ema
     assert isinstance(done, Exits)
     return done
 

@@ -75,6 +75,9 @@ def record(metrics: WorkerMetrics, model: str, result: Result, done: Finished) -
     metrics.images.labels(model, mode).inc(len(done.rows))
     if not isinstance(job, GenerateJob):
         _record_uncertainty(metrics, model, mode, done.rows)
+        for row in done.rows:
+            if row.exit:
+                metrics.early_exits.labels(model, str(row.exit)).inc()
 
 
 def _record_uncertainty(metrics: WorkerMetrics, model: str, method: str, rows: Sequence[ClassifiedRow]) -> None:

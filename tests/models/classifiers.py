@@ -8,6 +8,7 @@ from torch import nn
 
 from models.api import ClassifyWork
 from models.backbones.bridge import BridgeConfig, BridgeNetwork
+from models.backbones.early_exits import ExitHeads
 from models.backbones.resnet import ResNet, ResNetConfig
 from models.bridge.process import TEMPERATURE
 from models.store import read_config, write_model
@@ -93,8 +94,37 @@ def write_student(root, **changes):
     write_model(root / "toy-student", config | changes, state)
 
 
+LEAVING = {
+    "thresholds": [0.9784, 0.665],
+    "confidence_temperatures": [0.1, 0.1],
+    "temperatures": [1.2, 1.3, 1.4],
+    "shares": [0.5, 0.3, 0.2],
+}
+
+
+def write_exits(root, **changes):
+    """The exits folder of `toy`; its random images leave at every stage."""
+    torch.manual_seed(3)
+    source, heads = "member-0.safetensors", lively(ExitHeads(SHAPE, 2, 6))
+    config = {
+        "kind": "exits",
+        "name": "toy-exits",
+        "backbone": "exits",
+        "ensemble": "toy",
+        "source": {
+            "file": source,
+            "sha256": read_config(root / "toy")["files"][source],
+            "network": dataclasses.asdict(SHAPE),
+        },
+        "heads": {"grid": 2, "hidden": 6},
+        "networks": {"heads-1": LEAVING | changes},
+        "serve": "heads-1",
+    }
+    write_model(root / "toy-exits", config, {"heads-1.safetensors": heads.state_dict()})
+
+
 def make_whole_zoo(root):
-    """`toy` with a student, and bridges of every sort: many steps, late features seen or alone, weights both ways."""
+    """`toy` with a student, exits, and bridges of every sort: many steps, late features seen or alone, any weights."""
     folder, features = make_zoo(root), 4 * SHAPE.width
     shapes = {
         "plain": LIGHT,
@@ -110,6 +140,7 @@ def make_whole_zoo(root):
     }
     write_bridges(root, serve, shapes)
     write_student(root)
+    write_exits(root)
     return folder
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from models.backbones.bridge import BridgeConfig, BridgeNetwork
+from models.backbones.early_exits import ExitHeads
 from models.backbones.resnet import ResNet, ResNetConfig
 from models.bridge.process import TEMPERATURE
 from models.store import read_config, write_model
@@ -89,3 +90,23 @@ def make_students(ensemble, seeds=2):
     files = {f"student-{i + 1}.safetensors": lively(ResNet(SHAPE)).state_dict() for i in range(seeds)}
     write_model(ensemble.parent / "toy-student", config, files)
     return ensemble.parent / "toy-student"
+
+
+def make_exits(ensemble, seeds=2):
+    """The exits folder beside an ensemble: heads that see the mean of a stage, the second stage without one."""
+    torch.manual_seed(3)
+    leaving = {"thresholds": [0.3477, None], "confidence_temperatures": [1.0, 1.0]}
+    leaving |= {"temperatures": [1.0, 1.1, 1.2], "shares": [0.5, 0.0, 0.5]}
+    config = {
+        "kind": "exits",
+        "name": "toy-exits",
+        "backbone": "exits",
+        "ensemble": ensemble.name,
+        "source": {"file": SOURCE, "sha256": read_config(ensemble)["files"][SOURCE]},
+        "heads": {"grid": 1, "hidden": 4},
+        "networks": {f"heads-{i + 1}": leaving for i in range(seeds)},
+        "serve": "heads-2",
+    }
+    files = {f"heads-{i + 1}.safetensors": lively(ExitHeads(SHAPE, 1, 4)).state_dict() for i in range(seeds)}
+    write_model(ensemble.parent / "toy-exits", config, files)
+    return ensemble.parent / "toy-exits"

@@ -87,15 +87,27 @@ def check_cost(task, folder, method):
     expected = sum(macs[name] for name in task.plans[method].networks) / macs[SOURCE]
     job = work(method, *IMAGES[:2])
     receipt = task.receipt(job, run(task, job))
-    if method == "cascade":
+    if method == "exits":
+        check_exits(task, receipt, macs)
+    elif method == "cascade":
         assert receipt["cost_vs_single"] <= expected + 1e-9
     else:
         assert receipt == {"method": method, "cost_vs_single": pytest.approx(expected)}
 
 
+def check_exits(task, receipt, macs):
+    """Images are charged for what ran until they left."""
+    names = task.plans["exits"].networks
+    for stage, cost in zip(receipt["exits"], receipt["image_costs"], strict=True):
+        ran = names[: names.index(f"exit-{stage}") + 1]
+        assert cost == pytest.approx(sum(macs[name] for name in ran) / macs[SOURCE])
+    assert receipt["cost_vs_single"] == pytest.approx(np.mean(receipt["image_costs"]))
+    assert receipt["expected_cost"] == task.info.methods["exits"]
+
+
 def counted(part):
     """Multiply-accumulates of one row, from the shapes of weights and outputs."""
-    total, handles = [], []
+    total, handles, given = [], [], part.example(1)
 
     def count(module, _, output):
         total.append(output.numel() * module.weight[0].numel())
@@ -104,7 +116,7 @@ def counted(part):
         if isinstance(module, nn.Conv2d | nn.Linear):
             handles.append(module.register_forward_hook(count))
     with torch.no_grad():
-        part.run(*part.example(1))
+        part.run(*given)
     for handle in handles:
         handle.remove()
     return sum(total)
@@ -168,3 +180,4 @@ def check_flood(task, rng, methods):
             assert row.probabilities == pytest.approx(expected.probabilities, rel=1e-4, abs=1e-6), job.method
             assert row.uncertainty == pytest.approx(expected.uncertainty, rel=1e-3, abs=1e-5), job.method
             assert (row.decision, row.escalated) == (expected.decision, expected.escalated)
+            assert row.exit == expected.exit

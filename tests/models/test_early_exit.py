@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from typer.testing import CliRunner
 
+from models.backbones.early_exits import count, stages
 from models.backbones.macs import count_macs
 from models.backbones.resnet import ResNet, ResNetConfig
 from models.evaluation import early_exit as ee
@@ -22,11 +23,11 @@ from models.training.heads import (
     cache,
     confidence,
     exit_probabilities,
-    stages,
     train_heads,
     train_jointly,
 )
 from models.training.loop import Optim
+from models.uncertainty.early_exit import Curve, choose_thresholds, mixture, route
 from tests.models.test_classify_task import make_zoo
 from tests.models.test_evaluation import data  # noqa: F401
 
@@ -70,7 +71,7 @@ def test_exit_probabilities_are_a_distribution(gates):
 
 @given(arrays(np.float64, (9, 2), elements=SHARES), SHARES, SHARES)
 def test_a_route_leaves_at_the_first_exit_that_is_sure_enough(scores, first, second):
-    left = ee.route(scores, [first, second])
+    left = route(scores, [first, second])
     for row, k in zip(scores, left, strict=True):
         sure = [row[0] >= first, row[1] >= second, True]
         assert sure.index(True) == k
@@ -78,14 +79,14 @@ def test_a_route_leaves_at_the_first_exit_that_is_sure_enough(scores, first, sec
 
 @given(arrays(np.float64, (9, 2), elements=SHARES))
 def test_extreme_thresholds_are_the_first_exit_and_the_whole_network(scores):
-    assert (ee.route(scores, [0.0, 0.0]) == 0).all()
-    assert (ee.route(scores, [np.inf, 0.0]) == 1).all()
-    assert (ee.route(scores, [np.inf, np.inf]) == 2).all()
+    assert (route(scores, [0.0, 0.0]) == 0).all()
+    assert (route(scores, [np.inf, 0.0]) == 1).all()
+    assert (route(scores, [np.inf, np.inf]) == 2).all()
 
 
 def test_costs_are_the_counted_macs(network):
     source, exits = network
-    macs = ee.count(source, exits, pixels(1))
+    macs = count(source, exits, pixels(1))
     whole = torch.nn.ModuleList([source, exits])
     single = count_macs(source, lambda: source(pixels(1)))
     assert macs.single == single
@@ -98,7 +99,7 @@ def test_costs_are_the_counted_macs(network):
 
 def test_costs_count_every_head_that_runs_on_the_way(network):
     source, exits = network
-    macs = ee.count(source, exits, pixels(1))
+    macs = count(source, exits, pixels(1))
     whole = torch.nn.ModuleList([source, exits])
 
     def never(z):
@@ -117,7 +118,7 @@ def test_rows_that_leave_get_the_answer_of_their_exit(network):
     leave = [ee.surer_than(cut, 1.0) for cut in cuts]
     logits, left = ee.run(source, exits, leave, False, x)
     scores = np.stack([z.softmax(-1).amax(-1).double().numpy() for z in every[:2]], 1)
-    assert left.tolist() == ee.route(scores, cuts).tolist()
+    assert left.tolist() == route(scores, cuts).tolist()
     assert len(set(left.tolist())) == 3
     for row, k in enumerate(left.tolist()):
         torch.testing.assert_close(logits[row], every[3 if k == 2 else k][row], rtol=1e-4, atol=1e-5)
@@ -134,7 +135,7 @@ def test_without_exits_it_is_the_source(network):
 
 def test_a_mixture_softens_every_row_by_its_exit():
     answers = [np.log([[0.7, 0.3], [0.7, 0.3]]), np.log([[0.2, 0.8], [0.2, 0.8]])]
-    p = ee.mixture(answers, np.array([0, 1]), [1.0, 2.0])
+    p = mixture(answers, np.array([0, 1]), [1.0, 2.0])
     np.testing.assert_allclose(p, [[0.7, 0.3], [1 / 3, 2 / 3]])
 
 
@@ -145,8 +146,8 @@ def test_chosen_thresholds_keep_to_their_budget_and_dearer_ones_are_no_worse():
     def costs(first, second):
         return np.array([0.4, 0.7, 1.0]) + 0.01 * np.array([first, first + second, first + second])
 
-    curve = ee.Curve(scores, losses, costs)
-    chosen = ee.choose_thresholds(curve, [0.1, 0.45, 0.6, 0.8, 1.1])
+    curve = Curve(scores, losses, costs)
+    chosen = choose_thresholds(curve, [0.1, 0.45, 0.6, 0.8, 1.1])
     assert 0.1 not in chosen
     found = [curve.at(pair) for pair in chosen.values()]
     assert all(cost <= budget for budget, (cost, _) in zip(chosen, found, strict=True))
@@ -178,7 +179,7 @@ def separable(exits, n=300):
 def test_gates_send_home_what_is_easy_and_all_when_compute_is_dear(tmp_path):
     exits = Exits(ResNetConfig(classes=3, width=8), grid=1, hidden=8)
     found = separable(exits)
-    heads = train_heads(exits, found, found.labels, RECIPE, tmp_path / "heads")
+    heads = train_heads(exits, found.pooled, found.labels, RECIPE, tmp_path / "heads")
     easy = found.labels[:, 0] == 1
     leaves = {}
     for price in (0.6, 20.0):

@@ -24,7 +24,7 @@ from models.store import StoreError, read_json, write_model
 from models.tasks.gears import read_gears, write_gears
 from models.training.diffusion import model_config
 from tests.models.classifiers import LABELS
-from tests.models.ensemble_folders import make_bridges, make_ensemble, make_students
+from tests.models.ensemble_folders import make_bridges, make_ensemble, make_exits, make_students
 from tests.models.test_generate_task import latent_task
 
 
@@ -34,6 +34,7 @@ def zoo(tmp_path_factory):
     ensemble = make_ensemble(root, size=28, pool=1)
     make_bridges(ensemble)
     make_students(ensemble)
+    make_exits(ensemble)
     torch.manual_seed(0)
     shape = DiTConfig(width=32, depth=3, heads=2, classes=3, time_features=16)
     network = DiT(shape)
@@ -205,13 +206,13 @@ def test_classify_measures_every_method(zoo, data):
     methods = set(read_json(zoo / "toy" / "calibration.json")["methods"])
     assert methods >= {"single", "bridge", "ensemble"}
     assert "### Prediction sets" in (zoo / "toy" / "card.md").read_text()
-    for beside in ("toy-bridge", "toy-student"):
+    for beside in ("toy-bridge", "toy-student", "toy-exits"):
         card = (zoo / beside / "card.md").read_text()
         assert "| DBN x2, corrected (2 seeds) |" in card
         assert "### Prediction sets" not in card
     rows = ["source", "source at T*", *(f"DE-{m}" for m in range(1, 6)), "DE-5 served", "cascade", "student"]
     rows += ["DBN x1, 3 steps", "DBN x1, 1 evaluation", "DBN x1, distilled", "regressor, MSE", "regressor, KL"]
-    rows += ["DBN x2", "DBN x2, corrected", "bridge network"]
+    rows += ["DBN x2", "DBN x2, corrected", "bridge network", "exits"]
     assert set(summary["rows"]) == set(summary["dee"]) == set(summary["costs"]) == set(rows)
     for name in rows:
         assert sum(line.startswith((f"| {name} |", f"| {name} (")) for line in output.splitlines()) >= 2
@@ -222,7 +223,10 @@ def test_classify_measures_every_method(zoo, data):
     assert summary["rows"]["source"]["foreign"]["mean"] == pytest.approx(0.5)
     assert summary["spread"]["predicted"]["rho"]["n"] == 2
     times = read_json(zoo / "toy" / "config.json")["times"]
-    assert set(times) == {"single", "bridge", "bridges", "bridge_network", "distilled", "ensemble"}
+    assert set(times) == {"single", "bridge", "bridges", "bridge_network", "distilled", "exits", "ensemble"}
+    assert summary["rows"]["exits"]["cnll"]["n"] == 2
+    assert summary["costs"]["exits"]["macs"] < 1.0
+    assert times["exits"] == round(summary["costs"]["exits"]["times"]["32"], 2)
     assert times["bridge"] == round(summary["costs"]["DBN x1, distilled"]["times"]["32"], 2)
 
 

@@ -14,6 +14,7 @@ from models.backbones.dit import DiT, DiTConfig
 from models.backbones.uvit import UViT, UViTConfig
 from models.training.data import DataError, read, splits
 from models.training.diffusion import DiffusionRecipe, perturb, sample_times, train_diffusion
+from models.training.exit_heads import ExitHeadsRecipe
 from models.training.exits import ExitsRecipe, loss_weights, train_exits
 from models.training.loop import Optim, train
 from models.training.members import MembersRecipe, epoch_rows, random_shift
@@ -262,6 +263,7 @@ def test_shipped_recipes_parse():
         "fashion-transfer-study": StudyRecipe,
         "fashion-budget-study": StudyRecipe,
         "fashion-student": DistillRecipe,
+        "fashion-heads": ExitHeadsRecipe,
     }
     assert {p.stem for p in folder.glob("*.toml")} == set(kinds)
     for name, kind in kinds.items():

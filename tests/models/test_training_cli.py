@@ -29,6 +29,8 @@ RECIPES = {
     + 'algorithm = "sgd"\n',
     "distill": 'name = "stu"\nensemble = "ens"\nseeds = 2\nbf16 = false\n[transfer]\nrows = 60\nods_share = 1.0\n'
     "[network]\nclasses = 2\nwidth = 8\n" + OPTIM.format("optim"),
+    "heads": 'name = "hea"\nensemble = "ens"\nseeds = 2\ngrid = 2\nhidden = 4\ncost = 0.9\n[transfer]\nrows = 60\n'
+    + OPTIM.format("optim"),
     "compare": 'kind = "mse"\n[base]\nname = "study"\nensemble = "ens"\nseeds = 2\n[base.transfer]\nrows = 40\n'
     "[base.network]\ntap_channels = 8\nclasses = 2\n"
     + OPTIM.format("base.optim")
@@ -57,17 +59,20 @@ def test_trained_in_order_they_serve(data, tmp_path):
         done = CliRunner().invoke(app, args, catch_exceptions=False)
         assert done.exit_code == 0, done.output
         summary = json.loads(done.stdout.strip().splitlines()[-1])
-        assert summary.get("model", "study") in {"base", "gen", "ens", "bri", "stu", "study"}
+        assert summary.get("model", "study") in {"base", "gen", "ens", "bri", "stu", "hea", "study"}
     assert set(summary["arms"]) == {"as-it-is", "late"}
     assert all(len(nll) == 2 and np.isfinite(nll).all() for nll in summary["arms"].values())
     assert [gear.name for gear in load_generator(out / "base", 1, "cpu").info.gears] == ["full"]
     generator = load_generator(out / "gen", 1, "cpu").info
     assert (generator.default_gear, generator.gears[1].schedule.weights) == ("eco", generator.weights)
-    assert set(load_classifier(out / "ens", 1, "cpu").info.methods) == {
+    served = load_classifier(out / "ens", 1, "cpu").info
+    assert 0 < served.methods["exits"] <= 0.9
+    assert set(served.methods) == {
         "single",
         "bridge",
         "bridges",
         "bridge_network",
         "distilled",
+        "exits",
         "ensemble",
     }

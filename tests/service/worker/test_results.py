@@ -50,12 +50,11 @@ def test_answers_survive_the_wire_and_are_counted() -> None:
         metrics.declare(task.info, "cpu")
     row = GeneratedRow(np.zeros((2, 2, 1), np.uint8), 3, 5, (4,), 4, 4)
     drawn = Finished(delivery(draw(rows=2, format="png")), "ok", rows=(row, row), receipt={"gear": "full"}, run_s=0.5)
+    uncertainty = {"entropy": 0.5, "disagreement_source_vs_estimate": 0.1}
     judged = Finished(
         delivery(judge()),
         "ok",
-        rows=(
-            ClassifiedRow((0.25, 0.75), {"entropy": 0.5, "disagreement_source_vs_estimate": 0.1}, "escalate", (1, 0)),
-        ),
+        rows=(ClassifiedRow((0.25, 0.75), uncertainty, "escalate", (1, 0), exit=2),),
     )
     for model, done in (("toy", drawn), ("judge", judged)):
         result = to_result(done, "w")
@@ -75,6 +74,8 @@ def test_answers_survive_the_wire_and_are_counted() -> None:
     assert value("offramp_images_total", model="toy", mode="full") == 2
     assert value("offramp_images_total", model="judge", mode="single") == 1
     assert value("offramp_jobs_total", model="judge", outcome="ok") == 1
+    assert value("offramp_classify_exits_total", model="judge", exit="2") == 1
+    assert value("offramp_classify_exits_total", model="judge", exit="0") is None
     assert value("offramp_predictive_entropy_nats_sum", model="judge", method="single") == 0.5
     assert value("offramp_decisions_total", model="judge", method="single", decision="escalate") == 1
     assert value("offramp_decisions_total", model="judge", method="single", decision="accept") is None
