@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,6 +29,7 @@ from models.uncertainty.scores import (
     energy,
     log_softmax,
     mean_log_probability,
+    nll,
     soften,
 )
 
@@ -111,6 +113,12 @@ def run(classifier: Classifier, split: Split, batch: int = 1000) -> Outputs:
     if exits is not None:
         p["exits"], left = exits.leave([np.concatenate(answers) for answers in zip(*staged, strict=True)])
     return Outputs(split.labels, uniforms(image.tobytes() for image in split.images), z, p, left)
+
+
+def likeliest(outputs: Outputs, costs: Mapping[str, float], most: float) -> str:
+    """The method with the lowest NLL of those that cost at most `most` times the source, on average."""
+    offered = [name for name in outputs.p if costs[name] <= most]
+    return min(offered, key=lambda name: nll(outputs.p[name], outputs.labels))
 
 
 def calibrate(

@@ -197,6 +197,12 @@ def running_costs(costs: Mapping[str, float]) -> Costs:
     return Costs(costs.get("bridge", math.nan), costs["ensemble"] - 1.0)
 
 
+def default_method(config: Mapping[str, Any], offered: Mapping[str, float]) -> str:
+    """What the folder's evaluation chose, else the first bridge that is offered, else `single`."""
+    chosen = [str(config.get("default_method")), *BRIDGED]
+    return next((name for name in chosen if name in offered), "single")
+
+
 def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) -> ClassifyTask:
     """An ensemble folder, with what stands beside it, as a Task with `slots` slots."""
     classifier, where = load_classifier(folder), pick_device(device)
@@ -237,7 +243,7 @@ def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) ->
         sets=sets,
         cascade=router.catalogue() if router else (),
         purifier=purifying,
-        default_method=next((name for name in BRIDGED if name in classifier.bridges), "single"),
+        default_method=default_method(config, costs),
     )
     return ClassifyTask(info, classifier, calibration, networks, slots, where, purifier)
 
