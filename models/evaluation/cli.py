@@ -80,7 +80,7 @@ def classify(
     if classifier.exits is not None:
         costs["exits"] = cost_of_exits(counter, classifier.exits, found.test.left)
     where = provenance()
-    served = time_served(folder, parts.test.images)
+    served = time_served(folder, found.calibration, parts.test.images)
     macs = classifier.costs() | {name: costs[name].macs for name in ("cascade", "exits") if name in costs}
     table = f"{classify_table(made, costs, where)}\n\n{times_table(served)}"
     short, more = short_table(found, macs, served, where), report(found, classifier)

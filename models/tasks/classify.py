@@ -203,10 +203,12 @@ def default_method(config: Mapping[str, Any], offered: Mapping[str, float]) -> s
     return next((name for name in chosen if name in offered), "single")
 
 
-def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) -> ClassifyTask:
-    """An ensemble folder, with what stands beside it, as a Task with `slots` slots."""
+def load(
+    folder: Path, slots: int, device: str, runtime: Runtime = Runtime(), calibration: Calibration | None = None
+) -> ClassifyTask:
+    """An ensemble folder, with what stands beside it, as a Task with `slots` slots; its own calibration if None."""
     classifier, where = load_classifier(folder), pick_device(device)
-    calibration, config = read_calibration(folder, classifier), classifier.config
+    calibration, config = calibration or read_calibration(folder, classifier), classifier.config
     costs, plans = classifier.costs(), classifier.plans()
     purifying = None
     if (purifier := load_purifier(folder, config)) is not None:
