@@ -76,6 +76,8 @@ def classify(
     if classifier.exits is not None:
         costs["exits"] = cost_of_exits(counter, classifier.exits, found.test.left)
     where = provenance()
+    if write:
+        write_calibration(folder, classifier, found.calibration)
     served = time_served(folder, parts.test.images)
     table = f"{classify_table(made, costs, where)}\n\n{times_table(served)}"
     more = report(found, classifier)
@@ -83,7 +85,6 @@ def classify(
     for path in draw(found, plots) if plots else []:
         print(f"wrote {path}")
     if write:
-        write_calibration(folder, classifier, found.calibration)
         write_json(folder / "config.json", {**read_config(folder), "times": ratios(served)})
         write_card(folder, f"{table}\n\n{more}")
         for kind in ("bridge", "student", "exits"):
