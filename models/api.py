@@ -98,7 +98,7 @@ class ClassifyParams:
     )
     max_cost: float | None = _spec(
         "cascade: mean cost per image to stay within, relative to `single`; chooses cascade if `method` is absent.",
-        ge=1.0,
+        gt=0.0,
     )
     purify: int | None = _spec(
         "Noise and denoise each image this often before it is classified, and average; not purified if absent.",
@@ -324,7 +324,7 @@ class ClassifiedRow:
 
     `decision` is absent (None) where the model was not calibrated or the image purified, `prediction_set` (class
     indices, likeliest first) where no alpha was asked for. `escalated`: a cascade's members ran. `exit`: the stage of
-    the source that it left after (from 1), 0 where it did not leave early.
+    the source that it left after (from 1), 0 where no exit answered.
     """
 
     probabilities: tuple[float, ...]

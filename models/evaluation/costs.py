@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from models.backbones.macs import count_macs
 from models.evaluation.carried import Carried, Way
 from models.evaluation.turns import measure_times
-from models.evaluation.uncertainty import Study, time_cascade
+from models.evaluation.uncertainty import Study, cost_of_rows, time_cascade
 from models.tasks.classifier import Classifier
-from models.tasks.classify import running_costs
 
 BATCHES = (32, 1)
 
@@ -92,12 +91,13 @@ def costs_of(counter: Counter, batches: Iterable[int] = BATCHES) -> dict[str, Co
 
 
 def cost_of_cascade(counter: Counter, classifier: Classifier, found: Study, batch: int = BATCHES[0]) -> Cost | None:
-    """At its default point, members asked about the share of test images that it escalates; None without one."""
-    router = found.calibration.router
-    if router is None or classifier.bridge is None:
+    """At its default point, on test images as they leave and are escalated; None without one."""
+    if (router := found.calibration.router) is None:
         return None
     _, escalated = found.test.cascaded(router, router.pick(None))
-    share, source = float(escalated.mean()), counter.members[0]
-    held = sum(parameters(m) for m in [*counter.members, *classifier.bridge.networks.values()])
-    macs = running_costs(classifier.costs()).mean(share)
-    return Cost(macs, held / parameters(source), {batch: time_cascade(classifier, share, batch)})
+    first: Iterable[nn.Module] = classifier.bridge.networks.values() if classifier.bridge else ()
+    if classifier.exits is not None:
+        first = classifier.exits.networks
+    held = parameters(nn.ModuleList([*counter.members, *first])) / parameters(counter.members[0])
+    macs = cost_of_rows(classifier, found.test, escalated)
+    return Cost(macs, held, {batch: time_cascade(classifier, found, batch)})

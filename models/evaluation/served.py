@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from models.bridge.mixture import mixture
 from models.bridge.sample import run_bridge
 from models.tasks.classifier import Classifier, to_pixels
-from models.tasks.classify import running_costs
 from models.tasks.contracts import Calibration
 from models.training.data import Split
 from models.uncertainty.cascade import combine
@@ -40,7 +39,8 @@ Floats = NDArray[np.float64]
 class Outputs:
     """Of a split's rows: labels and draws (N,), logits of the members (N, M, K), calibrated probabilities by method.
 
-    `left` (N,): no. of the exit at which method `exits` answered; empty without one.
+    `left` (N,): no. of the exit at which method `exits` answered; empty without one. `cheap`: the method that a cascade
+    starts with.
     """
 
     labels: NDArray[np.int64]
@@ -48,6 +48,7 @@ class Outputs:
     logits: Floats
     p: dict[str, Floats]
     left: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    cheap: str = ""
 
     def answers(self, method: str) -> Answers:
         """One method's, with what fitting needs."""
@@ -55,8 +56,8 @@ class Outputs:
 
     def cascaded(self, router: Router, terms: Terms) -> tuple[Outputs, NDArray[np.bool_]]:
         """The same with `cascade` at one operating point, and the rows (N,) that it escalates."""
-        escalated = router.urgency(self.p["bridge"]) >= terms.least
-        answer = combine(self.p["bridge"], self.p["ensemble"], escalated)
+        escalated = router.urgency(self.p[self.cheap]) >= terms.least
+        answer = combine(self.p[self.cheap], self.p["ensemble"], escalated)
         return replace(self, p={**self.p, "cascade": answer}), escalated
 
     def scores(self, method: str) -> dict[str, Floats]:
@@ -69,7 +70,7 @@ class Outputs:
         del found["temperature"]
         if method == "single":
             found["energy"] = energy(self.logits[:, 0])
-        elif method not in ("distilled", "exits"):
+        elif (self.cheap if method == "cascade" else method) not in ("distilled", "exits"):
             found |= against_source(p, source)
         if method == "ensemble":
             found |= among_members(log_softmax(self.logits))
@@ -112,7 +113,8 @@ def run(classifier: Classifier, split: Split, batch: int = 1000) -> Outputs:
     left = np.empty(0, np.int64)
     if exits is not None:
         p["exits"], left = exits.leave([np.concatenate(answers) for answers in zip(*staged, strict=True)])
-    return Outputs(split.labels, uniforms(image.tobytes() for image in split.images), z, p, left)
+    draws = uniforms(image.tobytes() for image in split.images)
+    return Outputs(split.labels, draws, z, p, left, classifier.cheap or "")
 
 
 def likeliest(outputs: Outputs, costs: Mapping[str, float], most: float) -> str:
@@ -135,8 +137,8 @@ def calibrate(
         name: Contract.fit(selection.answers(name), conformal.answers(name), rule, target, abstain_share)
         for name in selection.p
     }
-    if classifier.bridge is None:
+    if (cheap := classifier.cheap) is None:
         return Calibration(methods)
-    halves = [(half.answers("bridge"), half.answers("ensemble")) for half in (selection, conformal)]
-    costs = running_costs(classifier.costs())
+    halves = [(half.answers(cheap), half.answers("ensemble")) for half in (selection, conformal)]
+    costs = classifier.cascade_costs()
     return Calibration(methods, fit_router(halves[0], halves[1], costs, rule, target, abstain_share))

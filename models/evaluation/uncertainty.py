@@ -18,11 +18,10 @@ from models.evaluation.served import Outputs, calibrate, run
 from models.evaluation.turns import measure_times
 from models.registry import METHODS
 from models.tasks.classifier import Classifier
-from models.tasks.classify import running_costs
 from models.tasks.contracts import Calibration
 from models.training.data import Split, Splits
 from models.uncertainty.calibration import Estimate, bootstrap, reliability
-from models.uncertainty.cascade import Point, compare
+from models.uncertainty.cascade import Bools, Point, compare
 from models.uncertainty.conformal import Coverage, measure, repeated_splits
 from models.uncertainty.contract import ALPHAS, TARGET, Answers, Contract, decide
 from models.uncertainty.router import SHARES, Terms
@@ -210,37 +209,55 @@ def coverages(found: Study, method: str) -> dict[float, tuple[Coverage, Coverage
 
 def cascades(found: Study, classifier: Classifier) -> tuple[list[Point], list[Point]]:
     """Both rules at equal cost, on selection and on test rows."""
-    costs = running_costs(classifier.costs())
+    costs = classifier.cascade_costs()
     return tuple(  # type: ignore[return-value]
-        compare(o.p["bridge"], o.p["ensemble"], o.labels, costs, [*SHARES, 1.0]) for o in (found.selection, found.test)
+        compare(o.p[o.cheap], o.p["ensemble"], o.labels, costs, [*SHARES, 1.0]) for o in (found.selection, found.test)
     )
+
+
+def cost_of_rows(classifier: Classifier, outputs: Outputs, escalated: Bools) -> float:
+    """Mean cost of a cascade whose rows `escalated` (N,) the members answer, and whose others leave where they do."""
+    costs, exits = classifier.cascade_costs(), classifier.exits
+    calm = np.take(exits.costs, outputs.left) if exits else np.full(len(escalated), costs.cheap)
+    return float(np.where(escalated, costs.cheap + costs.extra, calm).mean())
 
 
 def at_points(found: Study, classifier: Classifier) -> list[tuple[Terms, float, Answers]]:
     """Every operating point as served: its terms, what it cost on test, and its answers there."""
-    router, costs, rows = found.calibration.router, running_costs(classifier.costs()), []
+    router, rows = found.calibration.router, []
     for terms in router.points if router else ():
         assert router is not None
         outputs, escalated = found.test.cascaded(router, terms)
-        rows.append((terms, costs.mean(float(escalated.mean())), outputs.answers("cascade")))
+        rows.append((terms, cost_of_rows(classifier, outputs, escalated), outputs.answers("cascade")))
     return rows
 
 
 @torch.inference_mode()
-def time_cascade(classifier: Classifier, share: float, batch: int = 64) -> float:
-    """Measured time relative to the source: the bridge on `batch` images, the other members on `share` of them."""
+def time_cascade(classifier: Classifier, found: Study, batch: int = 64) -> float:
+    """Measured time relative to the source, of a batch at the default point: as many rows as of the test images, to
+    rounding, go on after each exit and to the other members."""
     height, width, channels = classifier.config["image"]
     source, bridge, x = classifier.members[0], classifier.bridge, torch.rand(batch, channels, height, width)
-    assert bridge is not None
-    urgent = x[: round(share * batch)]
+    router, left = found.calibration.router, found.test.left
+    assert router is not None
+    _, urgent = found.test.cascaded(router, router.pick(None))
+    exits = classifier.exits.networks if classifier.exits else ()
+    stay = [round(batch * float(((left >= k) | urgent).mean())) for k in range(len(exits))]
+    asked = round(batch * float(urgent.mean()))
 
     def cascaded() -> None:
-        tap = source.tap(x)
-        features = source.features(tap)
-        for network in bridge.networks.values():
-            run_bridge(network, tap, source.fc(features), bridge.evaluations, bridge.softening, features)
-        for member in classifier.members[1:] if len(urgent) else []:
-            member(urgent)
+        h = x
+        for network, n in zip(exits, stay, strict=True):
+            if n:
+                h, logits = network(h[:n])
+                logits.softmax(-1).amax(-1)
+        if not exits and bridge is not None:
+            tap = source.tap(x)
+            features = source.features(tap)
+            for carrier in bridge.networks.values():
+                run_bridge(carrier, tap, source.fc(features), bridge.evaluations, bridge.softening, features)
+        for member in classifier.members[1:] if asked else []:
+            member(x[:asked])
 
     seconds = measure_times({"source": lambda: source(x), "cascade": cascaded})
     return seconds["cascade"] / seconds["source"]

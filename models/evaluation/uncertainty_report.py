@@ -175,7 +175,10 @@ def cascade(found: Study, classifier: Classifier) -> str:
         v, t = ([points[rule, share] for rule in RULES] for points in (on_validation, on_test))
         cells = [f"{share:.0%}", f"{v[0].cost:.2f}", *(f"{p.nll:.4f}" for p in (*v, *t))]
         rows.append([*cells, *(f"{100 * p.accuracy:.2f}" for p in t), *(f"{p.risk:.2%}" for p in t)])
-    note = "Both rules ask the members about the same share of images. Served: the lower mean validation cNLL."
+    note = (
+        f"Starts with `{classifier.cheap}`. Both rules ask the members about the same share of images. Served: the "
+        "lower mean validation cNLL. Costs are those that validation lets expect."
+    )
     return f"{section('Cascade', header, rows, note)}\n\n{served_points(found, classifier)}"
 
 
@@ -198,7 +201,7 @@ def served_points(found: Study, classifier: Classifier) -> str:
             ]
         )
     header = ["expected cost", "cost on test", "cNLL", "to ensemble", "accepted", "error of accepted"]
-    measured = time_cascade(classifier, router.pick(None).share)
+    measured = time_cascade(classifier, found)
     return (
         f"{markdown(header, rows)}\n\nThe points that `max_cost` picks among, by the {router.rule} rule: fixed "
         "thresholds from validation, so the cost on test is near the expected one, not equal. Costs are MACs relative "

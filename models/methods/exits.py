@@ -1,7 +1,7 @@
 """Method exits: the source stage by stage, each with a light head; images that are sure enough leave early.
 
 Confidence thresholds on the largest probability, after Teerapittayanon et al., "BranchyNet" (ICPR 2016); heads that
-learned the ensemble's answers. The source itself does not run.
+learned the ensemble's answers. The source's own answer comes with the last stage.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """Exit no. `index`, counted from 0: from pixels, or from what the exit before left, to its own logits."""
+    """Exit no. `index`, counted from 0: from pixels, or from what the exit before left, to its head's logits."""
 
     network: str
     index: int
@@ -34,9 +34,11 @@ class Stage:
     def run(self, pool: Rows, rows: Tensor, calls: Sequence[Self]) -> None:
         """See Call; rows at one exit share a batch."""
         given = pool.stages[self.index - 1] if self.index else pool.pixels
-        *onwards, pool.logits[rows, 0] = pool.networks[self.network](given[rows])
-        for h in onwards:
-            pool.stages[self.index][rows] = h
+        left, pool.heads[rows] = pool.networks[self.network](given[rows])
+        if self.index < len(pool.stages):
+            pool.stages[self.index][rows] = left
+        else:
+            pool.logits[rows, 0] = left
 
 
 def room(networks: Mapping[str, Any], plan: Plan | None, pixels: Tensor) -> list[Tensor]:
@@ -71,7 +73,7 @@ class Exits(Plain):
         over = [slots[:0]]
         for i in range(len(self.exits.thresholds)):
             own = slots[pool.done[slots] == i + 1]
-            over.append(own[self.exits.sure(log_probabilities(pool.logits[own, 0]), i)])
+            over.append(own[self.exits.sure(log_probabilities(pool.heads[own]), i)])
         return np.concatenate(over)
 
     def answer(self, pool: Rows, slots: Slots) -> Sequence[Answer]:
@@ -79,7 +81,7 @@ class Exits(Plain):
         parts = []
         for i, (stage, temperature) in enumerate(zip(self.exits.stages, self.exits.temperatures, strict=True)):
             if len(own := slots[pool.done[slots] == i + 1]):
-                p = soften(log_probabilities(pool.logits[own, 0]), temperature)
+                p = soften(log_probabilities(pool.heads[own]), temperature)
                 parts.append(Answer(own, p, describe(p, temperature), exit=stage))
         return parts
 

@@ -60,8 +60,9 @@ class Rows(Protocol):
     """What calls and answers work on; first axis slots.
 
     The source fills `taps` (C, H, W), `features` (F,), `logits[:, 0]` (K,) and every column of `z` (columns, K), its
-    own logits softened. `logits` is (M, K), one row a member. `stages` is what each early exit leaves to the next one.
-    `done` counts calls, `terms` are what a row runs under; `networks` are those of the classifier by name.
+    own logits softened. `logits` is (M, K), one row a member. `stages` is what each early exit leaves to the next one,
+    `heads` (K,) what the head of the last one said. `done` counts calls, `terms` are what a row runs under, `urgent`
+    that a cascade asks the members; `networks` are those of the classifier by name.
     """
 
     pixels: Tensor
@@ -70,7 +71,9 @@ class Rows(Protocol):
     logits: Tensor
     z: Tensor
     stages: list[Tensor]
+    heads: Tensor
     done: Slots
+    urgent: NDArray[np.bool_]
     terms: list[Terms]
     networks: Mapping[str, Callable[..., Sequence[Tensor]]]
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from models.store import StoreError, read_config, read_tensors, weights_digest
 from models.tasks.beside import check_source, finite, folder_beside
 from models.tasks.exits import EarlyExits, load_exits
 from models.tasks.parts import parts
+from models.uncertainty.cascade import Costs
 
 BRIDGED = ("bridge", "bridges", "bridge_network")  # what a bridge folder may serve
 
@@ -76,6 +77,11 @@ class Classifier:
         return self.bridges.get("bridge")
 
     @property
+    def cheap(self) -> Literal["exits", "bridge"] | None:
+        """The method that a cascade starts with; None where there is no cascade."""
+        return "exits" if self.exits else "bridge" if self.bridge else None
+
+    @property
     def softening(self) -> float:
         """Temperature of the source's logits where bridges start; 1 without any."""
         return next((bridge.softening for bridge in self.bridges.values()), 1.0)
@@ -90,13 +96,14 @@ class Classifier:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of all that its probabilities depend on: weights, preprocessing, temperatures, what is served."""
+        """Digest of all that its probabilities depend on: weights, preprocessing, temperatures, what is served, and
+        what a cascade starts with where that is not the bridge."""
         bridges = {
             name: [b.digests, b.evaluations, b.source_weight, b.softening, b.temperature]
             for name, b in self.bridges.items()
         }
         student = self.student and [self.student.sha256, self.student.temperature]
-        exits = [self.exits.facts()] if self.exits else []
+        exits = [self.exits.facts(), self.cheap] if self.exits else []
         return _digest([self.weights, self.config["network"], self.temperatures, bridges, student, *exits])
 
     def plans(self) -> dict[str, Plan]:
@@ -108,6 +115,16 @@ class Classifier:
         """Conv + linear MACs of each method relative to `single`; of `cascade` and `exits` the most possible."""
         macs = self.macs()
         return {name: plan.cost(macs) for name, plan in self.plans().items()}
+
+    def cascade_costs(self) -> Costs:
+        """What an image costs by the method that a cascade starts with, and on top when the other members run.
+
+        With exits the cheap cost is their mean over validation. Urgent images leave late, so that the mean cost that
+        follows for a share of them is slightly too high. Only where there is a cascade.
+        """
+        costs = self.costs()
+        cheap = self.exits.expected_cost if self.exits else costs["bridge"]
+        return Costs(cheap, costs["cascade"] - cheap)
 
     def macs(self) -> dict[str, int]:
         """Conv + linear MACs of every network on one image."""

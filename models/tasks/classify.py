@@ -21,6 +21,7 @@ from models.backbones.folding import fold
 from models.backends.independent import Programs, build
 from models.backends.interface import Place
 from models.bridge.process import source
+from models.methods.cascade import Cascade
 from models.methods.exits import Exits, room
 from models.methods.interface import SOURCE, Answer, Call, Method, Slots
 from models.purification.purify import Purifier
@@ -30,7 +31,6 @@ from models.tasks.contracts import Calibration, read_calibration
 from models.tasks.device import pick_device
 from models.tasks.parts import parts
 from models.tasks.purifying import PurifyStage, check_purify, load_purifier, mean_of, purified_receipt, purifier_info
-from models.uncertainty.cascade import Costs
 from models.uncertainty.conformal import uniforms
 from models.uncertainty.contract import decision_rule, set_rule
 from models.uncertainty.router import Terms
@@ -54,7 +54,7 @@ class ClassifyTask:
             name: resolve(METHODS, name)(classifier, calibration) for name in info.methods
         }
         self.plans = {name: plan for name, plan in classifier.plans().items() if name in info.methods}
-        self.costs, self.softening = running_costs(info.methods), classifier.softening
+        self.softening = classifier.softening
         self.stage = PurifyStage(purifier, MAX_DRAWS if device.type == "cpu" else 16 * MAX_DRAWS)
         cells = capacity + (MAX_DRAWS if purifier else 0)
         height, width, channels = info.image
@@ -67,9 +67,10 @@ class ClassifyTask:
         self.logits = torch.zeros(cells, len(classifier.members), *logits.shape[1:], device=device)
         self.z = torch.zeros(cells, columns, *logits.shape[1:], device=device)
         self.stages = room(networks, self.plans.get("exits"), self.pixels)
+        self.heads = torch.zeros(cells, *logits.shape[1:], device=device)
         self.method, self.terms = [""] * cells, [Terms()] * cells
         self.alpha, self.draw = np.full(capacity, np.nan), np.zeros(capacity)
-        self.done = np.zeros(cells, np.int64)
+        self.done, self.urgent = np.zeros(cells, np.int64), np.zeros(cells, bool)
 
     @torch.inference_mode()
     def admit(self, work: ClassifyWork, indices: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
@@ -87,7 +88,7 @@ class ClassifyTask:
                 raise UserError(f"image {i} has {len(work.images[i])} bytes, {self.info.name} takes {shape}", "images")
         images = np.stack([np.frombuffer(work.images[i], np.uint8).reshape(shape) for i in indices])
         self.pixels[torch.as_tensor(slots, device=self.device)] = to_pixels(images).to(self.device)
-        self.done[list(slots)] = 0
+        self.done[list(slots)], self.urgent[list(slots)] = 0, False
         self.alpha[list(slots)] = np.nan if work.alpha is None else work.alpha
         self.draw[list(slots)] = uniforms(work.images[i] for i in indices)
         for slot in slots:
@@ -181,20 +182,12 @@ class ClassifyTask:
         receipt: dict[str, Any] = {"method": work.method, "cost_vs_single": self.info.methods[work.method]}
         if work.method in self.info.times:
             receipt["time_vs_single"] = self.info.times[work.method]
-        if work.method == "cascade":
-            costs = [self.costs.cheap + row.escalated * self.costs.extra for row in rows]
-            receipt["cost_vs_single"] = float(np.mean(costs))
-            receipt["expected_cost"] = self.methods["cascade"].terms(work.max_cost).cost
-            receipt["escalated"] = [i for i, row in enumerate(rows) if row.escalated]
-            receipt["image_costs"] = costs
-        if isinstance(exits := self.methods[work.method], Exits):
-            receipt |= exits.paid(rows)
+        method = self.methods[work.method]
+        if isinstance(method, Cascade):
+            receipt |= method.paid(rows, work.max_cost)
+        elif isinstance(method, Exits):
+            receipt |= method.paid(rows)
         return receipt
-
-
-def running_costs(costs: Mapping[str, float]) -> Costs:
-    """What a cascade's image costs by the bridge, and on top when the other members run; nan without a bridge."""
-    return Costs(costs.get("bridge", math.nan), costs["ensemble"] - 1.0)
 
 
 def default_method(config: Mapping[str, Any], offered: Mapping[str, float]) -> str:
@@ -220,15 +213,15 @@ def load(
     calls = {name: len(plan.networks) for name, plan in plans.items()}
     if classifier.exits is not None:
         costs["exits"], calls["exits"] = classifier.exits.expected_cost, math.ceil(classifier.exits.expected_calls)
-    if (router := calibration.router) is None:
+    if (router := calibration.router) is None or classifier.cheap is None:
         costs.pop("cascade", None)
         calls.pop("cascade", None)
     else:
-        default = router.pick(None)
+        default, first = router.pick(None), calls[classifier.cheap]
         costs["cascade"] = default.cost
-        calls["cascade"] = math.ceil(calls["bridge"] + default.share * (len(classifier.members) - 1))
+        calls["cascade"] = math.ceil(first + default.share * (calls["cascade"] - first))
         decisions["cascade"] = router.catalogue()[router.default].decision
-        sets["cascade"] = sets["bridge"]
+        sets["cascade"] = sets[classifier.cheap]
     height, width, channels = config["image"]
     info = ModelInfo(
         name=config["name"],

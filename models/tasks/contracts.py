@@ -16,7 +16,7 @@ NAME = "calibration.json"
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Contracts by method, and the cascade's router where there is a bridge."""
+    """Contracts by method, and the cascade's router where there is a cascade."""
 
     methods: dict[str, Contract] = field(default_factory=dict)
     router: Router | None = None

@@ -30,7 +30,8 @@ class EarlyExits:
         confidence_temperatures: of every exit but the last.
         temperatures: of the answers given at each exit.
         shares: of the validation images, that left at each exit.
-        costs: conv + linear MACs of an image that leaves at each exit, relative to the source.
+        costs: conv + linear MACs of an image that leaves at each exit, relative to the source, whose own last layer
+            runs after the last stage.
         sha256: digest of the heads' file.
     """
 
@@ -122,7 +123,8 @@ def entry_of(
         raise StoreError(f"{where}: shares must be 0 or more and sum to 1, got {shares}")
     used = [k for k, limit in enumerate(limits) if limit < math.inf] + [STAGES - 1]
     height, width, channels = image
-    costs = count(source, heads, torch.zeros(1, channels, height, width)).costs([k in used for k in range(STAGES)])
+    macs = count(source, heads, torch.zeros(1, channels, height, width))
+    costs = macs.costs([k in used for k in range(STAGES)], macs.last / macs.single)
     starts = [0, *(k + 1 for k in used)]
     return EarlyExits(
         stages=tuple(k + 1 for k in used),

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def parts(classifier: Classifier) -> list[Part]:
     """The source first: pixels -> tap, pooled features, logits; members and student: pixels -> logits.
 
-    Bridges: tap, z, step, features -> u. Exits: pixels, or what the exit before left -> that for the next, logits.
+    Bridges: tap, z, step, features -> u. Exits: pixels, or what the exit before left -> that for the next, logits;
+    the last one leaves the source's own logits.
     Examples lie where the source's weights lie.
     """
     first, *others = classifier.members
@@ -60,8 +61,8 @@ def exits(served: EarlyExits, pixels: Callable[[int], tuple[Tensor, ...]]) -> li
     found, before = [], pixels
     for stage, network in zip(served.stages, served.networks, strict=True):
         last = stage == served.stages[-1]
-        outputs = ("logits",) if last else ("h", "logits")
-        found.append(Part(exit_name(stage), leave(network, last), ("x",), outputs, before, network))
+        outputs = ("source_logits" if last else "h", "logits")
+        found.append(Part(exit_name(stage), answer(network) if last else network, ("x",), outputs, before, network))
         before = partial(left_by, network, before)
     return found
 
@@ -87,9 +88,14 @@ def carry(network: BridgeNetwork) -> Program:
     return lambda tap, z, step, features: (network(tap, z, step, features),)
 
 
-def leave(network: ExitStage, last: bool) -> Program:
-    """An exit as a function of what came before; the last one leaves nothing to go on from."""
-    return (lambda x: (network(x)[1],)) if last else (lambda x: network(x))
+def answer(network: ExitStage) -> Program:
+    """The last exit as a function of what came before: the source's logits, the head's."""
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        h, logits = network(x)
+        return network.stages.source.fc(h.mean(dim=(2, 3))), logits
+
+    return run
 
 
 @torch.no_grad()

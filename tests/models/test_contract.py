@@ -16,7 +16,7 @@ from models.training.data import Split
 from models.uncertainty.conformal import Rule, measure
 from models.uncertainty.contract import Answers, Contract, choose_rule, decision_rule, listed, set_rule
 from models.uncertainty.decision import Target, Thresholds
-from tests.models.classifiers import IMAGES, make_zoo, work
+from tests.models.classifiers import IMAGES, make_zoo, work, write_exits
 from tests.models.classifiers import run as answer
 
 
@@ -25,8 +25,10 @@ def split(n, seed):
     return Split(rng.integers(0, 256, (n, 28, 28, 1), dtype=np.uint8), rng.integers(0, 3, n))
 
 
-def calibrated_zoo(root, **zoo):
+def calibrated_zoo(root, exits=False, **zoo):
     folder = make_zoo(root, **zoo)
+    if exits:
+        write_exits(root)
     classifier = load_classifier(folder)
     halves = run(classifier, split(60, 1)), run(classifier, split(80, 2))
     write_calibration(folder, classifier, calibrate(classifier, *halves, Target("escalate_share", 0.3), 0.1))

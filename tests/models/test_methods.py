@@ -79,15 +79,15 @@ def test_calls_of_one_network_share_a_batch_whatever_their_methods(task):
     seen, networks = [], task.networks
     task.networks = {n: lambda *given, n=n: seen.append((n, len(given[0]))) or networks[n](*given) for n in networks}
     try:
-        for slot, method in enumerate(["bridge", "bridge_network", "cascade", "ensemble"]):
+        for slot, method in enumerate(["bridge", "bridge_network", "cascade", "ensemble", "exits"]):
             task.admit(work(method, IMAGES[slot]), [0], [slot])
         task.step([1])
         task.step([1])
         seen.clear()
-        task.step([0, 1, 2, 3])
+        task.step([0, 1, 2, 3, 4])
     finally:
         task.networks = networks
-    assert sorted(seen) == [("bridge-plain", 3), ("member-2", 1)]
+    assert sorted(seen) == [("bridge-plain", 2), ("exit-1", 2), ("member-2", 1)]
 
 
 def test_the_task_answers_what_the_evaluation_computes(task, folder):
