@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from math import inf
 from pathlib import Path
 from typing import Annotated
 
@@ -89,7 +88,7 @@ def classify(
         print(f"wrote {path}")
     if write:
         write_calibration(folder, classifier, found.calibration)
-        default = likeliest(found.selection, {**macs, "cascade": inf}, CHEAP)
+        default = likeliest(found.selection, macs, CHEAP)
         write_json(folder / "config.json", {**read_config(folder), "times": ratios(served), "default_method": default})
         write_card(folder, f"{short}\n\n### Every seed\n\n{table}\n\n{more}")
         for kind in ("bridge", "student", "exits"):
