@@ -143,7 +143,8 @@ def fit(
     """From the cheap and the dear method on both halves of validation.
 
     The selection half chooses the rule of urgency (lower NLL, mean over `shares`), the thresholds of every point and
-    the default, the cheapest point within `NEAR` of the dear method's NLL; the conformal half calibrates sets.
+    the default, the cheapest point that escalates any rows and is within `NEAR` of the dear method's NLL (the point
+    without is the cheap method, which may have been tuned on the same half); the conformal half calibrates sets.
     """
     cheap, dear = selection
     labels, scores = cheap.labels, entropy(cheap.p)
@@ -165,7 +166,7 @@ def fit(
         thresholds = choose_thresholds(answers, target, abstain_share)
         seen = float(escalated.mean())
         points.append(_terms(seen, costs.mean(seen), least, thresholds, calibrated))
-        near.append(nll(answers.p, labels) <= (1.0 + NEAR) * nll(dear.p, labels))
+        near.append(seen > 0.0 and nll(answers.p, labels) <= (1.0 + NEAR) * nll(dear.p, labels))
     default = near.index(True) if True in near else len(points) - 1
     return Router(chosen, window, tuple(points), default, calibrated)
 

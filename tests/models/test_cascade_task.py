@@ -10,17 +10,19 @@ from models.api import UserError
 from models.evaluation.classify import classify_images
 from models.evaluation.served import calibrate
 from models.evaluation.served import run as outputs
+from models.evaluation.uncertainty import cost_of_rows
 from models.store import StoreError, read_config, write_json
 from models.tasks.classifier import load_classifier
 from models.tasks.classify import load
 from models.tasks.contracts import read_calibration, write_calibration
+from models.training.data import Split
 from tests.models.classifiers import IMAGES, flood, make_zoo, run, work, write_exits
 from tests.models.test_contract import calibrated_zoo, split
 
 COSTLY = 100.0
 
 
-STARTS = {"bridge": {"evaluations": 1}, "steps": {}, "exits": {"exits": True}}
+STARTS = {"bridge": {"evaluations": 1}, "steps": {"evaluations": 5}, "exits": {"exits": True}}
 
 
 @pytest.fixture(scope="module", params=STARTS)
@@ -80,9 +82,8 @@ def test_the_receipt_counts_what_ran(task, folder, cheap):
     assert "escalated" not in task.receipt(work(cheap, IMAGES[0]), run(task, work(cheap, IMAGES[0])))
 
 
-def test_calm_rows_stop_after_the_bridge_and_urgent_ones_after_the_last_member(task, cheap):
-    if cheap == "exits":
-        pytest.skip("calm rows leave at different exits")
+@pytest.mark.parametrize("folder", ["bridge", "steps"], indirect=True)
+def test_calm_rows_stop_after_the_bridge_and_urgent_ones_after_the_last_member(task):
     job = work("cascade", *IMAGES, max_cost=COSTLY)
     slots = list(range(12))
     calls, finished, steps = task.admit(job, slots, slots), {}, task.info.calls["bridge"] - 1
@@ -96,9 +97,8 @@ def test_calm_rows_stop_after_the_bridge_and_urgent_ones_after_the_last_member(t
     assert {slot for slot, row in enumerate(task.collect(slots)) if row.escalated} == set(left)
 
 
-def test_urgent_rows_run_every_stage_once_and_the_members_and_calm_ones_leave(task, cheap):
-    if cheap != "exits":
-        pytest.skip("a cascade that starts with a bridge")
+@pytest.mark.parametrize("folder", ["exits"], indirect=True)
+def test_urgent_rows_run_every_stage_once_and_the_members_and_calm_ones_leave(task):
     seen, networks = [], task.networks
     task.networks = {n: lambda *x, n=n: seen.append((n, len(x[0]))) or networks[n](*x) for n in networks}
     try:
@@ -113,15 +113,20 @@ def test_urgent_rows_run_every_stage_once_and_the_members_and_calm_ones_leave(ta
     assert seen == [*stages, ("member-2", asked), ("member-3", asked)]
 
 
-def test_a_row_is_asked_about_where_it_first_is_sure(task, folder, cheap):
-    """The urgency that counts is that of the exit's own answer, with whatever max_cost."""
-    if cheap != "exits":
-        pytest.skip("a cascade that starts with a bridge")
-    router = read_calibration(folder, load_classifier(folder)).router
-    p = np.array([row.probabilities for row in run(task, work("exits", *IMAGES))])
+def test_urgent_is_what_the_cheap_answer_says(task, folder, cheap):
+    """With exits that of the exit where the row would leave; the evaluation prices rows as their receipt does."""
+    classifier = load_classifier(folder)
+    router = read_calibration(folder, classifier).router
+    p = np.array([row.probabilities for row in run(task, work(cheap, *IMAGES))])
+    images = np.stack([np.frombuffer(image, np.uint8).reshape(28, 28, 1) for image in IMAGES])
+    evaluated = outputs(classifier, Split(images, np.zeros(12, np.int64)))
     for cost in points(task):
-        rows = run(task, work("cascade", *IMAGES, max_cost=cost))
-        assert [row.escalated for row in rows] == (router.urgency(p) >= router.pick(cost).least).tolist()
+        job = work("cascade", *IMAGES, max_cost=cost)
+        rows = run(task, job)
+        urgent = router.urgency(p) >= router.pick(cost).least
+        assert [row.escalated for row in rows] == urgent.tolist()
+        paid = task.receipt(job, rows)["cost_vs_single"]
+        assert cost_of_rows(classifier, evaluated, urgent) == pytest.approx(paid)
 
 
 def test_a_calibration_of_another_start_is_refused(tmp_path):
