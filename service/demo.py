@@ -23,7 +23,7 @@ from PIL import Image
 SAMPLES = Path(__file__).parents[1] / "models" / "zoo" / "samples"
 TILE = 28
 GEARS = ("full", "balanced")
-METHODS = ("single", "bridge", "ensemble")
+METHODS = ("single", "bridge", "cascade", "ensemble")
 
 
 def free_port() -> int:

@@ -65,7 +65,7 @@ def classify(
     """Accuracy, likelihood, DEE, cost and time of every method, and what its uncertainty is worth.
 
     `--write` also fits decisions, prediction sets and the cascade on validation, and keeps them with the model, the
-    default method too: the likeliest on validation below 1.5 times the source's cost.
+    default method too: the likeliest on validation below 1.5 times the source's MACs and time.
     """
     folder = find(model)
     classifier, carried = load_classifier(folder), load_carried(folder)
@@ -88,8 +88,9 @@ def classify(
         print(f"wrote {path}")
     if write:
         write_calibration(folder, classifier, found.calibration)
-        default = likeliest(found.selection, macs, CHEAP)
-        write_json(folder / "config.json", {**read_config(folder), "times": ratios(served), "default_method": default})
+        took = ratios(served)
+        default = likeliest(found.selection, {name: max(macs[name], took[name]) for name in took}, CHEAP)
+        write_json(folder / "config.json", {**read_config(folder), "times": took, "default_method": default})
         write_card(folder, f"{short}\n\n### Every seed\n\n{table}\n\n{more}")
         for kind in ("bridge", "student", "exits"):
             if (beside := folder_beside(folder, kind)) is not None:

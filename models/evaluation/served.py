@@ -118,7 +118,7 @@ def run(classifier: Classifier, split: Split, batch: int = 1000) -> Outputs:
 
 
 def likeliest(outputs: Outputs, costs: Mapping[str, float], most: float) -> str:
-    """The method with the lowest NLL of those that cost at most `most` times the source, on average."""
+    """The method with the lowest NLL of those whose cost is at most `most`."""
     offered = [name for name in outputs.p if costs[name] <= most]
     return min(offered, key=lambda name: nll(outputs.p[name], outputs.labels))
 

@@ -18,7 +18,7 @@ def test_the_demo_draws_classifies_and_leaves(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert str(picture) in done.stdout
-    for row in ("full", "balanced", "single", "bridge", "ensemble"):
+    for row in ("full", "balanced", "single", "bridge", "cascade", "ensemble"):
         assert any(line.startswith(row) for line in done.stdout.splitlines()), done.stdout
     with Image.open(picture) as image:
         assert image.width > 2 * 280
