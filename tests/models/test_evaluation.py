@@ -227,8 +227,8 @@ def test_classify_measures_every_method(zoo, data):
     assert set(times) == set(METHODS)
     assert summary["rows"]["exits"]["cnll"]["n"] == 2
     assert summary["costs"]["exits"]["macs"] < 1.0
-    assert times["exits"] == round(summary["costs"]["exits"]["times"]["32"], 2)
-    assert times["bridge"] == round(summary["costs"]["DBN x1, distilled"]["times"]["32"], 2)
+    assert times["single"] == 1.0
+    assert min(times.values()) > 0.0
 
 
 def test_markdown():
