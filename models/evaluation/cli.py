@@ -13,11 +13,13 @@ from models.evaluation import early_exit_study, studies
 from models.evaluation import generate as generators
 from models.evaluation import robustness as attacked
 from models.evaluation.carried import load_carried
-from models.evaluation.classify_report import classify_table
+from models.evaluation.classify_report import CHEAP, classify_table
 from models.evaluation.costs import Counter, cost_of_cascade, costs_of
 from models.evaluation.leaving import cost_of_exits
 from models.evaluation.report import find, gears_table, provenance, write_card
+from models.evaluation.served import likeliest
 from models.evaluation.served_times import ratios, time_served, times_table
+from models.evaluation.short import short_table
 from models.evaluation.uncertainty import study
 from models.evaluation.uncertainty_report import draw, report
 from models.store import read_config, write_json
@@ -62,7 +64,8 @@ def classify(
 ) -> None:
     """Accuracy, likelihood, DEE, cost and time of every method, and what its uncertainty is worth.
 
-    `--write` also fits decisions, prediction sets and the cascade on validation, and keeps them with the model.
+    `--write` also fits decisions, prediction sets and the cascade on validation, and keeps them with the model, the
+    default method too: the likeliest on validation below 1.5 times the source's cost.
     """
     folder = find(model)
     classifier, carried = load_classifier(folder), load_carried(folder)
@@ -76,22 +79,23 @@ def classify(
     if classifier.exits is not None:
         costs["exits"] = cost_of_exits(counter, classifier.exits, found.test.left)
     where = provenance()
-    if write:
-        write_calibration(folder, classifier, found.calibration)
-    served = time_served(folder, parts.test.images)
+    served = time_served(folder, found.calibration, parts.test.images)
+    macs = classifier.costs() | {name: costs[name].macs for name in ("cascade", "exits") if name in costs}
     table = f"{classify_table(made, costs, where)}\n\n{times_table(served)}"
-    more = report(found, classifier)
-    print(table, more, sep="\n\n")
+    short, more = short_table(found, macs, served, where), report(found, classifier)
+    print(short, table, more, sep="\n\n")
     for path in draw(found, plots) if plots else []:
         print(f"wrote {path}")
     if write:
-        write_json(folder / "config.json", {**read_config(folder), "times": ratios(served)})
-        write_card(folder, f"{table}\n\n{more}")
+        write_calibration(folder, classifier, found.calibration)
+        default = likeliest(found.selection, macs, CHEAP)
+        write_json(folder / "config.json", {**read_config(folder), "times": ratios(served), "default_method": default})
+        write_card(folder, f"{short}\n\n### Every seed\n\n{table}\n\n{more}")
         for kind in ("bridge", "student", "exits"):
             if (beside := folder_beside(folder, kind)) is not None:
                 write_card(beside, table)
-    paid = {name: vars(cost) for name, cost in costs.items()}
-    print(json.dumps({"model": folder.name, **made.json(), "costs": paid, **where}))
+    summary = {name: vars(cost) for name, cost in costs.items()}
+    print(json.dumps({"model": folder.name, **made.json(), "costs": summary, **where}))
 
 
 app.command()(studies.schedules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,6 +28,7 @@ from models.uncertainty.scores import (
     energy,
     log_softmax,
     mean_log_probability,
+    nll,
     soften,
 )
 
@@ -113,6 +115,12 @@ def run(classifier: Classifier, split: Split, batch: int = 1000) -> Outputs:
         p["exits"], left = exits.leave([np.concatenate(answers) for answers in zip(*staged, strict=True)])
     draws = uniforms(image.tobytes() for image in split.images)
     return Outputs(split.labels, draws, z, p, left, classifier.cheap or "")
+
+
+def likeliest(outputs: Outputs, costs: Mapping[str, float], most: float) -> str:
+    """The method with the lowest NLL of those that cost at most `most` times the source, on average."""
+    offered = [name for name in outputs.p if costs[name] <= most]
+    return min(offered, key=lambda name: nll(outputs.p[name], outputs.labels))
 
 
 def calibrate(

@@ -16,6 +16,7 @@ from models.evaluation.classify import classify_images
 from models.evaluation.report import markdown
 from models.evaluation.turns import measure_times
 from models.tasks.classify import load
+from models.tasks.contracts import Calibration
 from models.training.data import Images
 
 BACKENDS = ("eager", "onnx")
@@ -24,7 +25,7 @@ REPEATS = 25
 Times = dict[tuple[str, str, int], float]
 
 
-def time_served(folder: Path, images: Images, backends: Iterable[str] = BACKENDS) -> Times:
+def time_served(folder: Path, calibration: Calibration, images: Images, backends: Iterable[str] = BACKENDS) -> Times:
     """Seconds by method, backend and batch, of the first images (N, H, W, C), all in turns, the fastest of each.
 
     A backend that cannot work here is left out. One thread, as a worker on two cores has.
@@ -33,7 +34,9 @@ def time_served(folder: Path, images: Images, backends: Iterable[str] = BACKENDS
     torch.set_num_threads(1)
     try:
         with TemporaryDirectory() as cache:
-            tasks = {name: load(folder, max(BATCHES), "cpu", Runtime(name, cache=cache)) for name in backends}
+            tasks = {
+                name: load(folder, max(BATCHES), "cpu", Runtime(name, cache=cache), calibration) for name in backends
+            }
             runs: dict[tuple[str, str, int], Callable[[], Any]] = {
                 (method, name, batch): partial(classify_images, task, method, images[:batch])
                 for batch in BATCHES

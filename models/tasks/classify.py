@@ -8,7 +8,7 @@ first; then, in one tick, their method runs on all draws of an image, in cells o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,10 +190,18 @@ class ClassifyTask:
         return receipt
 
 
-def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) -> ClassifyTask:
-    """An ensemble folder, with what stands beside it, as a Task with `slots` slots."""
+def default_method(config: Mapping[str, Any], offered: Mapping[str, float]) -> str:
+    """What the folder's evaluation chose, else the first bridge that is offered, else `single`."""
+    chosen = [str(config.get("default_method")), *BRIDGED]
+    return next((name for name in chosen if name in offered), "single")
+
+
+def load(
+    folder: Path, slots: int, device: str, runtime: Runtime = Runtime(), calibration: Calibration | None = None
+) -> ClassifyTask:
+    """An ensemble folder, with what stands beside it, as a Task with `slots` slots; its own calibration if None."""
     classifier, where = load_classifier(folder), pick_device(device)
-    calibration, config = read_calibration(folder, classifier), classifier.config
+    calibration, config = calibration or read_calibration(folder, classifier), classifier.config
     costs, plans = classifier.costs(), classifier.plans()
     purifying = None
     if (purifier := load_purifier(folder, config)) is not None:
@@ -230,7 +238,7 @@ def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) ->
         sets=sets,
         cascade=router.catalogue() if router else (),
         purifier=purifying,
-        default_method=next((name for name in BRIDGED if name in classifier.bridges), "single"),
+        default_method=default_method(config, costs),
     )
     return ClassifyTask(info, classifier, calibration, networks, slots, where, purifier)
 

@@ -10,7 +10,6 @@ import typer
 
 from models.api import ExitSchedule
 from models.backbones.bridge import BridgeNetwork
-from models.evaluation.choose import calibrate
 from models.evaluation.report import find, provenance
 from models.solvers.process import Cosine, from_config
 from models.store import read_config, write_json, write_model
@@ -24,7 +23,7 @@ from models.training.data import splits
 from models.training.diffusion import DiffusionRecipe, model_config, train_diffusion
 from models.training.distill import DistillRecipe, train_students
 from models.training.exits import ExitsRecipe, train_exits
-from models.training.members import MembersRecipe, train_members
+from models.training.members import MembersRecipe, temperatures, train_members
 from models.training.recipe import RecipeError, build, read_recipe
 from models.training.serving import Validation, choose, write_bridge
 from models.training.transfer import Transfer, cached
@@ -92,8 +91,8 @@ def members(recipe: Recipe, data: Data, out: Out) -> None:
     r = read_recipe(recipe, MembersRecipe)
     split = splits(data)
     summary = train_members(r, split, out)
-    config = read_config(out / r.name)
-    write_json(out / r.name / "config.json", {**config, "temperatures": calibrate(out / r.name, split.selection)})
+    config, served = read_config(out / r.name), load_members(out / r.name)
+    write_json(out / r.name / "config.json", {**config, "temperatures": temperatures(served, split.selection)})
     done(**summary, seed=r.seed)
 
 

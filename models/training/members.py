@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,8 +16,9 @@ from torch.nn import functional as F
 from models.backbones.resnet import ResNet, ResNetConfig
 from models.store import write_model
 from models.tasks.classifier import to_pixels
-from models.training.data import Images, Splits
+from models.training.data import Images, Split, Splits
 from models.training.loop import Optim, train
+from models.uncertainty.scores import fit_temperature, log_softmax, mean_log_probability
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -129,3 +131,12 @@ def train_members(recipe: MembersRecipe, splits: Splits, out: Path) -> dict[str,
         config["purifier"] = recipe.purifier
     digest = write_model(out / recipe.name, config, files)
     return {"model": recipe.name, "weights": digest, "seconds": seconds, "members": rows}
+
+
+def temperatures(members: Sequence[ResNet], selection: Split) -> dict[str, float]:
+    """Those of `single` and `ensemble`, fitted on the averaged probabilities of the selection images."""
+    log_p = log_softmax(torch.stack([predict(m, selection.images) for m in members], 1).double().numpy())
+    return {
+        "single": fit_temperature(log_p[:, 0], selection.labels),
+        "ensemble": fit_temperature(mean_log_probability(log_p), selection.labels),
+    }
