@@ -180,7 +180,7 @@ class ClassifyTask:
         if work.purify is not None:
             return purified_receipt(work, self.info)
         receipt: dict[str, Any] = {"method": work.method, "cost_vs_single": self.info.methods[work.method]}
-        if work.method in self.info.times:
+        if work.method in self.info.times and work.max_cost is None:
             receipt["time_vs_single"] = self.info.times[work.method]
         method = self.methods[work.method]
         if isinstance(method, Cascade):

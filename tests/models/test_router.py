@@ -97,6 +97,11 @@ def test_the_default_is_the_cheapest_near_the_dear_method_or_the_dearest(coarse,
     assert found.pick(None) is found.points[found.default]
 
 
+def test_the_default_asks_the_dear_method_even_where_the_cheap_one_is_as_good():
+    _, dear = pair(4000, 0)
+    assert fit((dear, dear), (dear, dear), COSTS, Rule()).default == 1
+
+
 @pytest.mark.parametrize("rule", ["threshold", "window"])
 def test_a_router_survives_json(router, fresh, rule):
     stored = {**json.loads(json.dumps(router.to_json())), "rule": rule}
