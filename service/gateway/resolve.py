@@ -73,8 +73,7 @@ def generate_work(params: GenerateParams, info: ModelInfo, image_format: ImageFo
 
 def classify_work(params: ClassifyParams, info: ModelInfo, images: Sequence[bytes]) -> ClassifyWork:
     """A classify job; `images` are already uint8 HWC bytes of the model's shape."""
-    default = "cascade" if params.max_cost is not None and info.cascade else info.default_method
-    method = default if params.method is None else params.method
+    method = default_method(params, info) if params.method is None else params.method
     if method not in info.methods:
         raise unknown("method", method, info.methods)
     check_purify(params, method, info)
@@ -90,6 +89,15 @@ def classify_work(params: ClassifyParams, info: ModelInfo, images: Sequence[byte
         max_cost=params.max_cost,
         purify=params.purify,
     )
+
+
+def default_method(params: ClassifyParams, info: ModelInfo) -> str:
+    """The model's own, unless an option asks for one that has it."""
+    if params.max_cost is not None and info.cascade:
+        return "cascade"
+    if params.purify is not None and info.purifier is not None and info.default_method not in info.purifier.methods:
+        return info.purifier.methods[0]
+    return info.default_method
 
 
 def check_purify(params: ClassifyParams, method: str, info: ModelInfo) -> None:

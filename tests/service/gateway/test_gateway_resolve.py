@@ -154,12 +154,18 @@ def test_purified_images_are_priced_by_draw() -> None:
     assert price(work, info) == 3 * 4 * (14 + 2)
 
 
+def test_purify_alone_is_answered_by_a_method_that_can() -> None:
+    info = replace(JUDGE, purifier=replace(PURIFIER, methods=("single",)))
+    assert classify_work(ClassifyParams(purify=1), info, [b"a"]).method == "single"
+    assert classify_work(ClassifyParams(purify=1), replace(JUDGE, purifier=PURIFIER), [b"a"]).method == "bridge"
+
+
 @pytest.mark.parametrize(
     ("params", "info", "field", "words"),
     [
         (ClassifyParams(purify=1), JUDGE, "purify", "judge has no purifier: drop purify"),
         (
-            ClassifyParams(purify=1),
+            ClassifyParams(purify=1, method="bridge"),
             replace(JUDGE, purifier=replace(PURIFIER, methods=("single",))),
             "purify",
             "bridge does not answer purified images; these do: single",
