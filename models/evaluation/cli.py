@@ -15,6 +15,7 @@ from models.evaluation import robustness as attacked
 from models.evaluation.carried import load_carried
 from models.evaluation.classify_report import CHEAP, classify_table
 from models.evaluation.costs import Counter, cost_of_cascade, costs_of
+from models.evaluation.distances import distances
 from models.evaluation.leaving import cost_of_exits
 from models.evaluation.report import find, gears_table, provenance, write_card
 from models.evaluation.served import likeliest
@@ -104,3 +105,4 @@ app.command()(studies.adaptive)
 app.command("dynamic")(studies.dynamic_exits)
 app.command()(attacked.robustness)
 app.command("exits")(early_exit_study.exits)
+app.command()(distances)

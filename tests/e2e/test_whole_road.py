@@ -23,7 +23,7 @@ from tests.support import Offramp
 
 pytestmark = [pytest.mark.e2e, pytest.mark.zoo]
 TILE = 28
-METHODS = ["single", "bridge", "ensemble", "cascade"]
+METHODS = ["single", "exits", "distilled", "bridge", "bridges", "bridge_network", "ensemble", "cascade"]
 
 
 def sheet(name: str) -> np.ndarray:
@@ -217,7 +217,7 @@ def test_sets_hold_the_label_about_as_often_as_promised(client):
 
 @pytest.mark.parametrize(
     ("asked", "field"),
-    [({"alpha": 0}, "alpha"), ({"alpha": 1}, "alpha"), ({"max_cost": 1.1}, "max_cost"),
+    [({"alpha": 0}, "alpha"), ({"alpha": 1}, "alpha"), ({"max_cost": 0.3}, "max_cost"),
      ({"max_cost": 3, "method": "ensemble"}, "max_cost"), ({"purify": 2, "method": "cascade"}, "purify"),
      ({"purify": 2, "alpha": 0.1}, "alpha")],
 )  # fmt: skip
