@@ -86,8 +86,8 @@ def distances(
     header = ["features", "covariance", "numbers", "AUROC corrupted, selection", "test flagged", "foreign flagged"]
     body = [[n, c, str(d), f"{a:.3f}", f"{t:.1%}", f"{o:.1%}"] for n, c, d, a, t, o in rows]
     note = (
-        f"Gaussians fitted on the training images that the source did not see; the threshold flags {FLAGGED:.0%} of the "
-        f"selection images. Corrupted: {SOME} selection images, mean over kinds and severities. {origin(where)}"
+        f"Gaussians fitted on the training images that the source did not see; the threshold flags {FLAGGED:.0%} of "
+        f"the selection images. Corrupted: {SOME} selection images, mean over kinds and severities. {origin(where)}"
     )
     print(markdown(header, body), note, sep="\n\n")
     print(json.dumps({"model": model.name, "rows": rows, **where}))
