@@ -373,13 +373,25 @@ class Task(Protocol[W_contra, R_co]):
         """Place images `indices` of `work` in `slots`; returns each row's evaluations to come, at most."""
 
     def step(self, slots: Sequence[int]) -> StepStats:
-        """Advance the listed rows by one evaluation, all in one batch, but for those in `StepStats.waiting`."""
+        """Advance the listed rows by one evaluation, all in one batch, but for those in `StepStats.waiting`.
+
+        When it raises, no row has moved: the caller tries again with fewer.
+        """
 
     def collect(self, slots: Sequence[int]) -> Sequence[R_co]:
         """Outputs of finished rows, in the order of `slots`."""
 
     def receipt(self, work: W_contra, rows: Sequence[Any]) -> dict[str, Any]:
         """The receipt of a finished job (keys: docs/api.md)."""
+
+    def save(self, slots: Sequence[int]) -> Sequence[bytes]:
+        """State of running rows, as safetensors; empty for a row that is as cheap to begin again."""
+
+    def restore(self, work: W_contra, indices: Sequence[int], slots: Sequence[int], states: Sequence[bytes]) -> Any:
+        """As `admit`, from saved states, none of them empty; on a CPU the outputs have the bits of an unbroken run."""
+
+    def preview(self, slots: Sequence[int]) -> Sequence[Any]:
+        """What running rows look like by now: uint8 pixels (H, W, C), or None."""
 
 
 def planned_layer_evals(

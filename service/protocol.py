@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -44,6 +45,9 @@ class Delivery:
         entry: stream id, the handle of the lease.
         attempt: fencing token, unique per delivery.
         deliveries: how often the entry was delivered, this time included.
+        solo: redelivered so often that it runs alone: whatever kills its worker must not take others along.
+        events: somebody may follow it (progress, previews).
+        states: what earlier attempts saved of its rows (`Task.save`), by image.
     """
 
     job: Job
@@ -53,6 +57,9 @@ class Delivery:
     submitted_ms: int
     deadline_ms: int
     taken_ms: int
+    solo: bool = False
+    events: bool = False
+    states: Mapping[int, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
