@@ -6,17 +6,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from service.broker.redis_streams import Broker
 from service.config import Settings
-from service.errors import JobFailed
 from service.metrics import WorkerMetrics
-from service.protocol import Delivery, Failure, Result
-from service.worker.engine import Engine, Finished
+from service.protocol import Delivery, Outcome, Result
+from service.worker.engine import Engine, Finished, Progress
 from service.worker.patience import AWAY, Backoff, wanted
-from service.worker.results import failed_result, record, to_result
+from service.worker.results import failed_result, record, told, to_result
 
 WAIT_MS = 1000
 NOTIFY_S = 20.0
@@ -24,12 +24,14 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Held:
-    """A job in hand, and until when (this machine's monotonic seconds) its answer is worth retrying."""
+    """A job in hand, until when (this machine's monotonic seconds) its answer is worth retrying, and whether a
+    checkpoint is on its way."""
 
     delivery: Delivery
     useful_until: float
+    saving: bool = False
 
 
 class Lane:
@@ -87,14 +89,25 @@ class Lane:
             try:
                 if not self.ready:
                     await self._open()
-                taken = await self._broker.take(self.model, self._worker, free, self.engine.capacity, lease_ms)
+                taken = await self._broker.take(
+                    self.model,
+                    self._worker,
+                    free,
+                    self.engine.capacity,
+                    lease_ms,
+                    self._settings.max_deliveries,
+                    self._settings.result_ttl_s,
+                )
                 for delivery in taken.deliveries:
                     self._receive(delivery)
                     self._free_seen = max(0, self._free_seen - delivery.job.work.rows)
+                for job in taken.ended:
+                    self._metrics.outcomes.labels(self.model, job.outcome).inc()
+                    self._spawn(self._notify(job.gateways, job.id, job.outcome))
                 if taken.full:
                     await self._unless_draining(self.room.wait())
-                elif not taken.deliveries:
-                    await self._unless_draining(self._broker.wait(self.model, taken.cursor, WAIT_MS))
+                elif not taken.deliveries and not taken.ended:
+                    await self._unless_draining(self._broker.wait(self.model, taken.cursors, WAIT_MS))
             except AWAY as error:
                 self.ready = False
                 await self._unless_draining(asyncio.sleep(backoff.failed(error)))
@@ -125,10 +138,6 @@ class Lane:
             self.engine.withdraw([earlier.delivery.attempt])
         left_s = (delivery.deadline_ms - delivery.taken_ms) / 1000
         self.hand[delivery.entry] = Held(delivery, time.monotonic() + max(0.0, left_s) + self._settings.lease_s)
-        if delivery.deliveries > self._settings.max_deliveries:
-            failure = Failure(JobFailed.code, f"given up after {delivery.deliveries - 1} deliveries")
-            self._spawn(self.finish(Finished(delivery, "failed", failure=failure)))
-            return
         self.engine.offer(delivery)
         self._wake()
 
@@ -177,54 +186,100 @@ class Lane:
         self._put_down_one.set()
         return True
 
+    def cancelled(self, handle: str) -> None:
+        """Somebody cancelled a job: let it go at the next tick."""
+        if held := self.hand.get(handle):
+            self._put_down(held.delivery)
+            self.engine.withdraw([held.delivery.attempt])
+            self._metrics.outcomes.labels(self.model, "cancelled").inc()
+            self._wake()
+
+    async def keep(self, progress: Progress) -> None:
+        """Save a job's rows and tell its followers; one at a time, the next tick's are as good."""
+        held = self.hand.get(progress.delivery.entry)
+        if held is None or held.saving:
+            return
+        held.saving = True
+        try:
+            await self._checkpoint(progress)
+        except AWAY as error:
+            log.warning("checkpoint failed", extra={"model": self.model, "error": str(error)})
+        finally:
+            held.saving = False
+
+    async def _checkpoint(self, progress: Progress) -> None:
+        most, delivery = self._settings.checkpoint_max_bytes, progress.delivery
+        states = {index: state for index, state in progress.states.items() if len(state) <= most}
+        news = await asyncio.to_thread(told, progress) if delivery.events else (b"", b"")
+        ttl_s = max(1, (delivery.deadline_ms - delivery.taken_ms) // 1000) + self._settings.result_ttl_s
+        mine = await self._broker.checkpoint(
+            self.model, delivery, states, progress.done, progress.of, ttl_s, *news
+        )
+        if mine:
+            self._metrics.checkpoints.labels(self.model).inc(len(states))
+        else:
+            self._lose([delivery])
+
+    async def release(self, progress: Progress) -> None:
+        """Hand a job back with its rows as they are, for another worker to go on with."""
+        try:
+            await self._checkpoint(progress)
+            await self._broker.release(self.model, self._worker, progress.delivery)
+        except AWAY as error:
+            log.warning("left to redelivery", extra={"model": self.model, "error": str(error)})
+        self._put_down(progress.delivery)
+
     async def finish(self, done: Finished) -> None:
         """Encode and store an answer, put the job down, wake its gateway."""
         held = self.hand.get(done.delivery.entry)
         useful_until = held.useful_until if held else time.monotonic() + self._settings.lease_s
         try:
-            result = await asyncio.to_thread(to_result, done, self._worker)
-            wrote = await self._store(done, result, useful_until)
+            result = await asyncio.to_thread(to_result, done, self._worker, self._settings.max_result_bytes)
+            waiting = await self._store(done, result, useful_until)
         except Exception as error:
             log.exception("answer cannot be written", extra={"model": self.model, "job": done.delivery.job.id})
             result = failed_result(done, self._worker, f"encode: {type(error).__name__}: {error}")
-            wrote = await self._store(done, result, useful_until)
+            waiting = await self._store(done, result, useful_until)
         self._put_down(done.delivery)
-        if wrote:
+        if waiting is not None:
             record(self._metrics, self.model, result, done)
-            await self._notify(done, result)
+            await self._notify(waiting, result.id, result.outcome)
 
-    async def _store(self, done: Finished, result: Result, useful_until: float) -> bool:
+    async def _store(self, done: Finished, result: Result, useful_until: float) -> list[str] | None:
+        """The gateways to wake; None where this answer does not count."""
         ttl_s = self._settings.result_ttl_s
-        wrote = await self._retry(
-            "finishing a job",
-            lambda: self._broker.finish(self.model, done.delivery, result, ttl_s),
-            lambda: min(useful_until, self._give_up_at),
-        )
         fields = {"model": self.model, "job": result.id, "outcome": result.outcome, "run_s": result.run_s}
-        if wrote is None:
+        try:
+            waiting = await self._retry(
+                "finishing a job",
+                lambda: self._broker.finish(self.model, done.delivery, result, ttl_s),
+                lambda: min(useful_until, self._give_up_at),
+            )
+        except AWAY:
             log.error("answer not stored, left to redelivery", extra=fields)
-        else:
-            log.info("job finished" if wrote else "job was finished by another", extra=fields)
-        return bool(wrote)
+            return None
+        log.info("job finished" if waiting is not None else "job was ended by another", extra=fields)
+        return waiting
 
-    async def _notify(self, done: Finished, result: Result) -> None:
-        """Wake the gateway; it looks by itself every few seconds, so giving up costs delay only."""
+    async def _notify(self, gateways: list[str], job_id: str, outcome: Outcome) -> None:
+        """Wake gateways; they look by themselves every few seconds, so giving up costs delay only."""
         until = time.monotonic() + NOTIFY_S
-        await self._retry(
-            "waking a gateway",
-            lambda: self._broker.notify(done.delivery.job.reply_to, result.id, result.outcome),
-            lambda: min(until, self._give_up_at),
-        )
+        with suppress(*AWAY):
+            await self._retry(
+                "waking a gateway",
+                lambda: self._broker.notify(gateways, job_id, outcome),
+                lambda: min(until, self._give_up_at),
+            )
 
-    async def _retry(self, what: str, call: Callable[[], Awaitable[T]], until: Callable[[], float]) -> T | None:
-        """`call` until it works; None when it did not by `until` (monotonic seconds; it may move)."""
+    async def _retry(self, what: str, call: Callable[[], Awaitable[T]], until: Callable[[], float]) -> T:
+        """`call` until it works; its last error once `until` (monotonic seconds; it may move) has passed."""
         backoff = Backoff(what)
         while True:
             try:
                 value = await call()
             except AWAY as error:
                 if time.monotonic() >= until():
-                    return None
+                    raise
                 await asyncio.sleep(backoff.failed(error))
             else:
                 backoff.worked()

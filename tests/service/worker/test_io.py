@@ -77,7 +77,7 @@ async def until(what: str, look: Callable[[], Any]) -> Any:
 
 
 async def submit(broker: Broker, job: Job, budget_ms: int = 60_000) -> Job:
-    await broker.submit(job, job.work.rows, budget_ms, 10**9)
+    await broker.submit(job, Terms(job.work.rows, budget_ms, 10**9))
     return job
 
 
