@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 from uuid import uuid4
 
 import msgspec
@@ -60,7 +61,8 @@ class Letters(Jobs):
 
     @reachable
     async def _letters(self, model: str, after: str, count: int) -> list[Letter]:
-        return [_letter(*one) for one in await self._redis.xrange(keys.letters(model), after, "+", count)]
+        found: Any = await self._redis.xrange(keys.letters(model), after, "+", count)
+        return [_letter(*one) for one in found]
 
     @reachable
     async def letter(self, model: str, job_id: str) -> Letter | None:

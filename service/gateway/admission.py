@@ -1,10 +1,11 @@
-"""One job's way through the queue: priced, submitted against the backlog's budget, awaited, cancelled if nobody waits."""
+"""One job's way through the queue: priced, submitted within the budget, awaited, cancelled when nobody waits."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from contextlib import suppress
+from typing import Any
 
 from starlette.requests import Request
 
@@ -66,9 +67,7 @@ async def run_job(gateway: Gateway, info: ModelInfo, params: Params, work: Work,
     return succeeded(result)
 
 
-async def _queue(
-    gateway: Gateway, job: Job, params: Params, asked: Asking, budget_s: float
-) -> tuple[Submitted, float]:
+async def _queue(gateway: Gateway, job: Job, params: Params, asked: Asking, budget_s: float) -> tuple[Submitted, float]:
     """Submit within the budget; the seconds that are left of it."""
     try:
         async with asyncio.timeout(budget_s - (time.monotonic() - asked.arrived)):
@@ -102,12 +101,13 @@ async def _job(gateway: Gateway, info: ModelInfo, params: Params, work: Work, as
     return ClassifyJob(id=job_id, cost=cost, work=work)
 
 
-async def _unless_gone(request: Request, answer: asyncio.Future[Result]) -> Result | None:
+async def _unless_gone(request: Request, answer: asyncio.Future[Any]) -> Result | None:
     """The answer; None when the client hung up before it came."""
-    gone = asyncio.ensure_future(_hung_up(request))
+    gone: asyncio.Future[Any] = asyncio.ensure_future(_hung_up(request))
     try:
-        await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
-        return answer.result() if answer.done() else None
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        found: Result | None = answer.result() if answer.done() else None
+        return found
     finally:
         for task in (answer, gone):
             task.cancel()

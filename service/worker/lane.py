@@ -16,7 +16,7 @@ from service.metrics import WorkerMetrics
 from service.protocol import Delivery, Outcome, Result
 from service.worker.engine import Engine, Finished, Progress
 from service.worker.patience import AWAY, Backoff, wanted
-from service.worker.results import failed_result, record, told, to_result
+from service.worker.results import failed_result, record, to_result, told
 
 WAIT_MS = 1000
 NOTIFY_S = 20.0
@@ -212,9 +212,7 @@ class Lane:
         states = {index: state for index, state in progress.states.items() if len(state) <= most}
         news = await asyncio.to_thread(told, progress) if delivery.events else (b"", b"")
         ttl_s = max(1, (delivery.deadline_ms - delivery.taken_ms) // 1000) + self._settings.result_ttl_s
-        mine = await self._broker.checkpoint(
-            self.model, delivery, states, progress.done, progress.of, ttl_s, *news
-        )
+        mine = await self._broker.checkpoint(self.model, delivery, states, progress.done, progress.of, ttl_s, *news)
         if mine:
             self._metrics.checkpoints.labels(self.model).inc(len(states))
         else:

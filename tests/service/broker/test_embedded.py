@@ -12,8 +12,8 @@ import pytest
 
 from service.broker.embedded import Embedded
 from service.broker.redis_streams import Broker
-from service.protocol import Terms
 from service.errors import Unavailable
+from service.protocol import Terms
 from tests.service.broker.jobs import job
 from tests.support import wait_for
 

@@ -22,7 +22,7 @@ from service.broker.embedded import Embedded
 from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.metrics import WorkerMetrics
-from service.protocol import Job, Result
+from service.protocol import Job, Result, Terms
 from service.worker.engine import Engine
 from service.worker.io import WorkerIO
 from service.worker.lane import Lane
