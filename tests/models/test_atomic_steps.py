@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from models.registry import METHODS, SOLVERS, TASKS
-from models.tasks.classify import load
+from models.tasks.classify import ClassifyTask, load
 from models.tasks.decoding import DecodeStage
 from tests.models.classifiers import IMAGES
 from tests.models.classifiers import work as classify_work
@@ -39,10 +39,18 @@ class Fuse:
         return guarded
 
 
+def where(task):
+    """How far every row is."""
+    if isinstance(task, ClassifyTask):
+        return task.done[: task.capacity].tolist(), {slot: image.done for slot, image in task.stage.images.items()}
+    return task.pool.done.tolist(), task.decoding and task.decoding.choose(range(task.capacity), 8 * task.capacity)
+
+
 def stubborn(task, fuse):
     """A `step` that fails at each of its calls in turn, before and after its work, and then succeeds."""
 
     def step(slots):
+        before = where(task)
         for n in itertools.count():
             fuse.left, fuse.late = n, False
             try:
@@ -51,6 +59,7 @@ def stubborn(task, fuse):
                 fuse.left, fuse.late = n, True
                 with pytest.raises(Trouble):
                     task.step(slots)
+                assert where(task) == before
             else:
                 fuse.left = -1
                 return stats
