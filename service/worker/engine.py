@@ -67,6 +67,8 @@ class Engine:
         self.ticks = 0
         self._metrics, self._clock = metrics, clock
         self._slots = {state: metrics.slots.labels(self.name, state) for state in ("busy", "free")}
+        self._queue_wait, self._run = metrics.queue_wait.labels(self.name), metrics.run.labels(self.name)
+        self._slack = metrics.deadline_slack.labels(self.name)
         self._scheduler = Scheduler(task.capacity)
         self._reporter = Reporter(task, self._scheduler, checkpoint_ticks, progress_s)
         self._splitter = Splitter(task.capacity, lambda reason: metrics.batch_splits.labels(self.name, reason).inc())
@@ -175,9 +177,9 @@ class Engine:
     def _admit(self, admission: Admission, now_ms: float) -> list[Finished]:
         job, work = admission.job, admission.job.delivery.job.work
         if job.admitted_ms is not None and 0 in admission.indices:
-            self._metrics.queue_wait.labels(self.name).observe(_queue_s(job, job.admitted_ms))
+            self._queue_wait.observe(_queue_s(job, job.admitted_ms))
             slack_s = self._scheduler.slack_ms(job, now_ms, self.rate.pace()) / 1000
-            self._metrics.deadline_slack.labels(self.name).observe(max(0.0, slack_s))
+            self._slack.observe(max(0.0, slack_s))
         rows = self._restore(job, list(zip(admission.indices, admission.slots, strict=True)))
         failed: list[Finished] = []
 
@@ -241,7 +243,7 @@ class Engine:
         queue_s, run_s = self._times(job, now)
         if now * 1000 > job.deadline_ms:
             self._metrics.deadline_missed.labels(self.name, "running").inc()
-        self._metrics.run.labels(self.name).observe(run_s)
+        self._run.observe(run_s)
         return Finished(job.delivery, "ok", rows=rows, receipt=receipt, queue_s=queue_s, run_s=run_s)
 
     def _late(self, job: JobRun, now: float, why: str = "") -> Finished:
