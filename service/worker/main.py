@@ -22,7 +22,7 @@ from service.metrics import WorkerMetrics
 from service.worker.engine import Engine
 from service.worker.io import WorkerIO
 
-TASK_OF_KIND = {"generator": "generate", "ensemble": "classify"}
+TASK_OF_KIND = {"generator": "generate", "ensemble": "classify", "drill": "drill"}
 IDLE_S = 0.25
 log = logging.getLogger(__name__)
 
