@@ -38,7 +38,10 @@ class Settings(BaseSettings):
     lease_s: float = Field(10.0, ge=1.0, le=600.0, description="A job whose worker is silent this long is redelivered.")
     max_deliveries: int = Field(5, ge=1, le=100, description="A job delivered more often than this fails.")
     drain_s: float = Field(
-        20.0, ge=0.0, le=600.0, description="A stopping worker hands back, checkpointed, what it has not finished by then."
+        20.0,
+        ge=0.0,
+        le=600.0,
+        description="A stopping worker hands back, checkpointed, what it has not finished by then.",
     )
     checkpoint_ticks: int = Field(16, ge=0, le=100_000, description="Running rows are saved this often; 0: never.")
     checkpoint_max_bytes: int = Field(2**20, ge=0, description="Largest saved state of a row.")
@@ -52,6 +55,11 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Largest request body.")
     max_pixels: int = Field(4_000_000, ge=1, description="Largest picture, in pixels, that is decoded.")
     log_level: str = Field("info", pattern=r"^(debug|info|warning|error)$", description="Log level.")
+    api_keys_file: Path | None = Field(None, description="TOML file of API keys, hashed; read again when it changes.")
+    api_keys: str = Field("", description="API keys with default rights, ID:SHA256 separated by commas.")
+    allow_anonymous: bool = Field(
+        False, description="Ask nobody for a key, where none is set, on an address that others reach."
+    )
 
     @field_validator("redis_url")
     @classmethod
