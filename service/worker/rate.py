@@ -75,6 +75,11 @@ class DrainRate:
         total, busy = self._sums
         return total / busy if busy > 0 else 0.0
 
+    def best_per_second(self) -> float:
+        """Cost per second at the best pace lately; 0 while nothing was measured."""
+        least = self._ms_per_cost.value()
+        return 1000 / least if least > 0 else 0.0
+
     def pace(self) -> Pace:
         """What a tick and a unit of cost take now."""
         ticks, busy = self._ticks

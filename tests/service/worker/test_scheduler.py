@@ -70,7 +70,9 @@ def test_every_job_leaves_exactly_once_and_no_slot_is_shared(
             for slot, index in zip(admission.slots, admission.indices, strict=True):
                 assert slot not in held
                 held[slot] = (admission.job.attempt, index)
-            scheduler.admitted(admission.job, admission.slots, [evaluations[admission.job.attempt]] * len(admission.slots))
+            scheduler.admitted(
+                admission.job, admission.slots, [evaluations[admission.job.attempt]] * len(admission.slots)
+            )
         assert set(held) <= set(range(capacity))
         assert scheduler.busy_slots == len(held)
         batch = scheduler.batch()
