@@ -9,7 +9,7 @@ from uuid import uuid4
 from redis.asyncio import Redis
 
 from service.broker import keys
-from service.broker.connection import connect, reachable, refuse_unfit
+from service.broker.connection import NEEDED, connect, reachable, refuse_unfit
 
 LUA = Path(__file__).parent / "lua"
 ALIVE_MS = 15_000
@@ -34,8 +34,9 @@ class Store:
 
     @reachable
     async def check(self) -> None:
-        """Refuse a server that would lose work: too old, or free to evict keys."""
-        refuse_unfit(await self._redis.info())
+        """Refuse a server that would lose work: too old, free to evict keys, or without a command that is needed."""
+        known = {as_bytes(one[0]).decode() for one in await self._redis.execute_command("COMMAND INFO", *NEEDED) if one}
+        refuse_unfit(await self._redis.info(), [name for name in NEEDED if name not in known])
 
     async def aclose(self) -> None:
         """Close every connection."""
