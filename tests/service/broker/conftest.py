@@ -22,11 +22,11 @@ from tests.support import require
 
 
 @contextmanager
-def running(binary: str, folder: Path) -> Iterator[str]:
+def running(binary: str, folder: Path, *more: str) -> Iterator[str]:
     """A server on a socket in `folder`."""
     socket = folder / "r.sock"
     options = ["--port", "0", "--unixsocket", str(socket), "--dir", str(folder), "--save", "", "--appendonly", "no"]
-    server = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)
+    server = subprocess.Popen([binary, *options, *more], stdout=subprocess.DEVNULL)
     url = f"unix://{socket}"
     try:
         with Redis.from_url(url) as client:
