@@ -47,7 +47,7 @@ def engine_of(task: GenerateTask) -> Engine:
 
 def delivery(number: int, work: GenerateWork) -> Delivery:
     """A request as a worker takes it."""
-    job = GenerateJob(id=str(number), reply_to="", cost=1, work=work)
+    job = GenerateJob(id=str(number), cost=1, work=work)
     return Delivery(job, str(number), str(number), 1, 0, 10**9, 0)
 
 

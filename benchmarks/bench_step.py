@@ -164,7 +164,7 @@ def overhead(task: Task, batch: int, ticks: int = 50) -> dict[str, Any]:
     metrics.declare(task.info, "cpu")
     worker = Engine(task, metrics)
     for i in range(batch):
-        job = GenerateJob(id=str(i), reply_to="", cost=1, work=mixed(i, guidance=2.0, steps=(60, 100)))
+        job = GenerateJob(id=str(i), cost=1, work=mixed(i, guidance=2.0, steps=(60, 100)))
         worker.offer(Delivery(job, str(i), str(i), 1, 0, 10**9, 0))
     worker.tick()
     kept = task.backend, engine.update

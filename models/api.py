@@ -17,6 +17,7 @@ GridName = Literal["linspace", "leading", "trailing", "karras", "exponential", "
 ImageFormat = Literal["png", "webp", "npy"]
 MethodName = Literal["single", "bridge", "bridges", "bridge_network", "distilled", "exits", "ensemble", "cascade"]
 DecisionName = Literal["accept", "escalate", "abstain"]
+Priority = Literal["high", "normal", "low"]
 
 SEED_LIMIT = 2**53
 MAX_ROWS = 64
@@ -83,6 +84,8 @@ class GenerateParams:
     deadline_ms: int | None = _spec(
         "Budget from arrival to answer, queueing included, milliseconds.", ge=1, le=3_600_000
     )
+    priority: Priority | None = _spec("Rank in the queue, at most what the API key allows, which is the default.")
+    webhook: str | None = _spec("URL to POST to when the job has ended.", max_length=2000)
     format: ImageFormat = _spec("Encoding of the images.", "png")
 
 
@@ -108,6 +111,8 @@ class ClassifyParams:
     deadline_ms: int | None = _spec(
         "Budget from arrival to answer, queueing included, milliseconds.", ge=1, le=3_600_000
     )
+    priority: Priority | None = _spec("Rank in the queue, at most what the API key allows, which is the default.")
+    webhook: str | None = _spec("URL to POST to when the job has ended.", max_length=2000)
 
 
 @dataclass(frozen=True)

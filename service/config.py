@@ -37,9 +37,21 @@ class Settings(BaseSettings):
     slots: int = Field(64, ge=1, le=4096, description="Rows a worker keeps in flight for each model.")
     lease_s: float = Field(10.0, ge=1.0, le=600.0, description="A job whose worker is silent this long is redelivered.")
     max_deliveries: int = Field(5, ge=1, le=100, description="A job delivered more often than this fails.")
+    drain_s: float = Field(
+        20.0,
+        ge=0.0,
+        le=600.0,
+        description="A stopping worker hands back, checkpointed, what it has not finished by then.",
+    )
+    checkpoint_ticks: int = Field(16, ge=0, le=100_000, description="Running rows are saved this often; 0: never.")
+    checkpoint_max_bytes: int = Field(2**20, ge=0, description="Largest saved state of a row.")
     deadline_s: float = Field(120.0, gt=0.0, le=3600.0, description="Deadline of a request that names none.")
     result_ttl_s: int = Field(600, ge=10, le=86_400, description="How long a finished result is kept.")
+    idempotency_ttl_s: int = Field(
+        86_400, ge=10, le=30 * 86_400, description="How long an Idempotency-Key is refused to other requests."
+    )
     max_backlog: int = Field(500_000, ge=1, description="Queued cost per model above which requests get 429.")
+    max_result_bytes: int = Field(64 * 2**20, ge=1024, description="Largest encoded result of a job.")
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Largest request body.")
     max_pixels: int = Field(4_000_000, ge=1, description="Largest picture, in pixels, that is decoded.")
     log_level: str = Field("info", pattern=r"^(debug|info|warning|error)$", description="Log level.")

@@ -4,11 +4,17 @@
     |- BadRequest                422 bad_request       the request cannot be understood; names the field
     |   |- UnknownName           422 unknown_name      no such model, label, gear, method
     |   `- NotAnImage            422 not_an_image      bytes that are no picture we read
-    |- NotFound                  404 not_found         no such page or model
+    |- Unauthorized              401 unauthorized      no API key, or none that is known
+    |- Forbidden                 403 forbidden         the API key does not allow it
+    |- NotFound                  404 not_found         no such page, model or job
     |- NotAllowed                405 not_allowed       no such method on this path
     |- NotAcceptable             406 not_acceptable    no representation the client accepts
+    |- IdempotencyConflict       409 key_reused        the Idempotency-Key stands for another request
+    |- Cancelled                 409 cancelled         the job was cancelled
     |- TooLarge                  413 too_large         body or picture above the limit
     |- QueueFull                 429 queue_full        backlog at its budget; Retry-After says when
+    |   |- RateLimited           429 rate_limited      the API key asks too often
+    |   `- QuotaExceeded         429 quota_exceeded    the API key has too much queued and running
     |- JobFailed                 500 job_failed        the worker could not run it
     |- Unavailable               503 unavailable       Redis away, or no worker
     |   `- NoWorker              503 no_worker         nobody serves the model now
@@ -53,8 +59,20 @@ class NotAnImage(BadRequest):
     code, title = "not_an_image", "Not an image"
 
 
+class Unauthorized(OfframpError):
+    """No API key, or none that is known."""
+
+    code, status, title = "unauthorized", 401, "Unauthorized"
+
+
+class Forbidden(OfframpError):
+    """The API key does not allow it."""
+
+    code, status, title = "forbidden", 403, "Forbidden"
+
+
 class NotFound(OfframpError):
-    """No such page or model."""
+    """No such page, model or job."""
 
     code, status, title = "not_found", 404, "Not found"
 
@@ -71,6 +89,18 @@ class NotAcceptable(OfframpError):
     code, status, title = "not_acceptable", 406, "Not acceptable"
 
 
+class IdempotencyConflict(OfframpError):
+    """The Idempotency-Key stands for another request."""
+
+    code, status, title = "key_reused", 409, "Idempotency key reused"
+
+
+class Cancelled(OfframpError):
+    """The job was cancelled."""
+
+    code, status, title = "cancelled", 409, "Cancelled"
+
+
 class TooLarge(OfframpError):
     """Body or picture above the limit."""
 
@@ -81,6 +111,18 @@ class QueueFull(OfframpError):
     """The backlog is at its budget."""
 
     code, status, title, retryable = "queue_full", 429, "Queue full", True
+
+
+class RateLimited(QueueFull):
+    """The API key asks too often."""
+
+    code, title = "rate_limited", "Too many requests"
+
+
+class QuotaExceeded(QueueFull):
+    """The API key has too much queued and running."""
+
+    code, title = "quota_exceeded", "Quota exceeded"
 
 
 class JobFailed(OfframpError):

@@ -12,6 +12,7 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from models.api import DecisionName, ModelInfo, StepStats
+from service.protocol import Outcome
 
 SECONDS = (
     0.001,
@@ -40,7 +41,7 @@ SECONDS = (
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256)
 NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.3, 3.0, 5.0)
 EXITS = ("1", "2", "3")  # stages of a classifier that may answer
-OUTCOMES = ("ok", "bad_request", "rejected", "expired", "failed", "unavailable")
+OUTCOMES = ("ok", "bad_request", "rejected", "expired", "cancelled", "failed", "unavailable")
 
 
 class GatewayMetrics:
@@ -58,6 +59,7 @@ class GatewayMetrics:
         self.jobs = Gauge(
             "offramp_ledger_jobs", "The conservation ledger kept by Redis.", ["model", "state"], registry=r
         )
+        self.letters = Gauge("offramp_dead_letters", "Dead letters kept.", ["model"], registry=r)
         self.workers = Gauge("offramp_workers", "Live workers.", ["model"], registry=r)
         _build_info(r, "gateway")
 
@@ -123,6 +125,7 @@ class WorkerMetrics:
         self.outcomes = Counter("offramp_jobs", "Jobs finished by this worker.", ["model", "outcome"], registry=r)
         self.images = Counter("offramp_images", "Images answered.", ["model", "mode"], registry=r)
         self.redeliveries = Counter("offramp_redeliveries", "Jobs received again.", ["model"], registry=r)
+        self.checkpoints = Counter("offramp_checkpoints", "States of rows that were saved.", ["model"], registry=r)
         self.entropy = Histogram(
             "offramp_predictive_entropy_nats", "Entropy of answers.", ["model", "method"], buckets=NATS, registry=r
         )
@@ -150,7 +153,8 @@ class WorkerMetrics:
             self.decoded.labels(info.name)
             for kind in ("run", "skipped"):
                 self.layer_evals.labels(info.name, kind)
-        for outcome in ("ok", "failed", "expired"):
+        self.checkpoints.labels(info.name)
+        for outcome in get_args(Outcome):
             self.outcomes.labels(info.name, outcome)
         for mode in [g.name for g in info.gears] + list(info.methods):
             self.images.labels(info.name, mode)

@@ -8,9 +8,9 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from models.api import ClassifyWork, DecisionName, GenerateWork, ModelInfo
+from models.api import ClassifyWork, DecisionName, GenerateWork, ModelInfo, Priority
 
-Outcome = Literal["ok", "failed", "expired"]
+Outcome = Literal["ok", "failed", "expired", "cancelled", "dead"]
 T = TypeVar("T")
 
 
@@ -18,7 +18,6 @@ class GenerateJob(msgspec.Struct, frozen=True, tag="generate", kw_only=True):
     """Gateway to worker: draw these images. `cost` is the planned layer evaluations."""
 
     id: str
-    reply_to: str
     cost: int
     work: GenerateWork
     traceparent: str = ""
@@ -28,7 +27,6 @@ class ClassifyJob(msgspec.Struct, frozen=True, tag="classify", kw_only=True):
     """Gateway to worker: classify these images. `cost` is the planned network calls."""
 
     id: str
-    reply_to: str
     cost: int
     work: ClassifyWork
     traceparent: str = ""
@@ -38,11 +36,38 @@ Job = GenerateJob | ClassifyJob
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What a job is queued under.
+
+    Attributes:
+        deadline_ms: budget from now; Redis TIME says when that is over.
+        max_backlog: cost of the model's queue above which the job is refused.
+        reply_to: gateway to wake at the end; empty for none.
+        owner: API key that asked; empty for none.
+        max_owed: cost that the owner may have queued and running on this model; 0: no limit.
+        events: keep a stream of what happens to it.
+        webhook: URL to tell at the end; empty for none.
+        need_worker: refuse when no live worker serves the model.
+    """
+
+    rows: int
+    deadline_ms: int
+    max_backlog: int
+    reply_to: str = ""
+    priority: Priority = "normal"
+    owner: str = ""
+    max_owed: int = 0
+    events: bool = False
+    webhook: str = ""
+    need_worker: bool = False
+
+
+@dataclass(frozen=True)
 class Delivery:
     """One job as a worker received it. Times are milliseconds of Redis TIME.
 
     Attributes:
-        entry: stream id, the handle of the lease.
+        entry: handle of the lease: rank and stream id.
         attempt: fencing token, unique per delivery.
         deliveries: how often the entry was delivered, this time included.
         solo: redelivered so often that it runs alone: whatever kills its worker must not take others along.

@@ -1,46 +1,106 @@
-"""Every Redis key. A model's keys share one hash tag, so its scripts touch one slot."""
+"""Every Redis key. A model's keys share one hash tag, so its scripts touch one slot; they build them from `prefix`."""
 
 from __future__ import annotations
 
+from typing import get_args
+
+from models.api import Priority
+
 GROUP = "workers"
 CATALOGUE = "offramp:catalogue"
+RANKS: tuple[Priority, ...] = get_args(Priority)
 
 
-def queue(model: str) -> str:
-    """Stream of waiting jobs, one entry a job; never trimmed."""
-    return f"offramp:{{m:{model}}}:q"
+def prefix(model: str) -> str:
+    """What all keys of a model begin with."""
+    return f"offramp:{{m:{model}}}:"
+
+
+def queue(model: str, rank: Priority = "normal") -> str:
+    """Stream of waiting and running jobs of a rank, one entry a job; never trimmed."""
+    return f"{prefix(model)}q:{rank}"
 
 
 def job(model: str, job_id: str) -> str:
-    """Hash of a job: state, payload, cost, deadline."""
-    return f"offramp:{{m:{model}}}:job:{job_id}"
+    """Hash of a job: state, payload, entry, deadline, attempt, progress."""
+    return f"{prefix(model)}job:{job_id}"
 
 
 def result(model: str, job_id: str) -> str:
     """Encoded result, with a time to live."""
-    return f"offramp:{{m:{model}}}:res:{job_id}"
+    return f"{prefix(model)}res:{job_id}"
+
+
+def events(model: str, job_id: str) -> str:
+    """Stream of what happened to a job that somebody may follow."""
+    return f"{prefix(model)}ev:{job_id}"
+
+
+def checkpoint(model: str, job_id: str) -> str:
+    """Hash of image index to the saved state of its row."""
+    return f"{prefix(model)}ck:{job_id}"
 
 
 def backlog(model: str) -> str:
-    """Queued and running cost."""
-    return f"offramp:{{m:{model}}}:backlog"
+    """Hash of rank to queued and running cost."""
+    return f"{prefix(model)}backlog"
+
+
+def owed(model: str) -> str:
+    """Hash of API key to its queued and running cost."""
+    return f"{prefix(model)}owed"
 
 
 def ledger(model: str) -> str:
     """Hash of counts: accepted and every outcome; accepted = outcomes + queued + in flight."""
-    return f"offramp:{{m:{model}}}:ledger"
+    return f"{prefix(model)}ledger"
+
+
+def letters(model: str) -> str:
+    """Stream of dead letters."""
+    return f"{prefix(model)}dlq"
+
+
+def hooks(model: str) -> str:
+    """Sorted set of ended jobs whose webhook is to be told, by when the next try is due."""
+    return f"{prefix(model)}hooks"
+
+
+def hook(model: str, job_id: str) -> str:
+    """Hash of a webhook: url, outcome, tries."""
+    return f"{prefix(model)}hook:{job_id}"
 
 
 def workers(model: str) -> str:
     """Sorted set of worker ids by last sign of life (Redis TIME, milliseconds)."""
-    return f"offramp:{{m:{model}}}:workers"
+    return f"{prefix(model)}workers"
 
 
 def rates(model: str) -> str:
     """Hash of worker id to measured drain rate, cost per second."""
-    return f"offramp:{{m:{model}}}:rates"
+    return f"{prefix(model)}rates"
+
+
+def best(model: str) -> str:
+    """Hash of worker id to the highest drain rate it lately had."""
+    return f"{prefix(model)}best"
 
 
 def reply(gateway: str) -> str:
     """A gateway's stream of (id, status) wake-ups; bounded and expiring."""
     return f"offramp:reply:{gateway}"
+
+
+def control(worker: str) -> str:
+    """A worker's stream of cancelled entries; bounded and expiring."""
+    return f"offramp:ctl:{worker}"
+
+
+def bucket(owner: str) -> str:
+    """An API key's token bucket."""
+    return f"offramp:bucket:{owner}"
+
+
+def idempotency(digest: str) -> str:
+    """Fingerprint of the request that an Idempotency-Key stands for."""
+    return f"offramp:idem:{digest}"

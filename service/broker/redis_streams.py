@@ -1,4 +1,4 @@
-"""The broker: jobs wait in one Redis stream per model, under leases, until one result is written.
+"""The broker: jobs wait in Redis streams, one a model and rank, under leases, until one result is written.
 
 At-least-once execution, exactly-once visible result. Every script touches the keys of one model, that is
 one slot. Lease = pending entry of the consumer group; its idle time is the time since the last heartbeat.
@@ -8,92 +8,97 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import msgspec
 from redis.exceptions import ResponseError
 
 from models.api import ModelInfo
 from service.broker import keys
-from service.broker.connection import BLOCK_MS, connect, reachable, refuse_unfit
-from service.errors import JobFailed, QueueFull
-from service.protocol import Delivery, Failure, Job, Result, decode, decode_info, decode_job, encode
+from service.broker.connection import BLOCK_MS, reachable
+from service.broker.hooks import Hooks
+from service.broker.jobs import Wake
+from service.broker.store import ALIVE_MS, SCRIPTS, as_bytes
+from service.errors import DeadlineExceeded, JobFailed, NoWorker, OfframpError, QueueFull, QuotaExceeded
+from service.protocol import Delivery, Failure, Job, Outcome, Result, Terms, decode, decode_info, decode_job, encode
 
-LUA = Path(__file__).parent / "lua"
-ALIVE_MS = 15_000
 ADVERTISED_MS = 60_000
-REPLIES_KEPT = 10_000
-REPLY_TTL_S = 600
 UNREADABLE_TTL_S = 600
+START = ("0-0", "0-0", "0-0")
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """An accepted job: its stream entry, and the backlog (cost) that includes it."""
+    """A job that is queued: the handle of its entry; `attached` when it was there already."""
 
     entry: str
-    backlog: int
+    attached: bool = False
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What a worker got; `full` when the next job did not fit; `cursor` is where `wait` goes on."""
+    """What a worker got; `full` when the next job did not fit; `cursors` are where `wait` goes on, one a rank.
+
+    `ended`: jobs that ended instead, with their outcomes.
+    """
 
     deliveries: list[Delivery]
-    full: bool
-    cursor: str
+    full: bool = False
+    cursors: Sequence[str] = START
+    ended: Sequence[tuple[Wake, Outcome]] = ()
 
 
 @dataclass(frozen=True)
 class QueueStats:
-    """A model's queue: jobs waiting or running, their cost, the ledger, live workers."""
+    """A model's queue: jobs waiting or running, their cost, the ledger, dead letters, live workers."""
 
     jobs: int
     backlog: int
     ledger: dict[str, int]
+    letters: int
     workers: int
 
 
-class Broker:
-    """One process's connection to the queue; `url` is redis://, rediss:// or unix://."""
-
-    def __init__(self, url: str) -> None:
-        self._redis = connect(url)
-        self._submit, self._take, self._heartbeat, self._finish = (
-            self._redis.register_script((LUA / f"{name}.lua").read_text())
-            for name in ("submit", "take", "heartbeat", "finish")
-        )
-        self._token = uuid4().hex[:8]
-
-    @reachable
-    async def check(self) -> None:
-        """Refuse a server that would lose work: too old, or free to evict keys."""
-        refuse_unfit(await self._redis.info())
-
-    async def aclose(self) -> None:
-        """Close every connection."""
-        await self._redis.aclose()
+class Broker(Hooks):
+    """One process's connection to the queue."""
 
     # gateway side
 
     @reachable
-    async def submit(self, job: Job, rows: int, deadline_ms: int, max_backlog: int) -> Submitted:
-        """Queue a job with a budget of `deadline_ms`; QueueFull when the backlog would pass `max_backlog`."""
-        model = job.work.model
-        accepted, entry, backlog = await self._submit(
-            keys=[keys.queue(model), keys.job(model, job.id), keys.backlog(model), keys.ledger(model)],
-            args=[job.id, encode(job), rows, job.cost, deadline_ms, max_backlog],
+    async def submit(self, job: Job, terms: Terms) -> Submitted:
+        """Queue a job, or attach to the one of the same id.
+
+        Raises:
+            QueueFull: the backlog would pass its budget.
+            QuotaExceeded: what the owner has queued and running would.
+            DeadlineExceeded: at the workers' best rate the backlog drains too late.
+            NoWorker: nobody serves the model.
+        """
+        model, t = job.work.model, terms
+        verdict, handle, waiting, rate = await self._run(
+            "submit",
+            model,
+            *(job.id, encode(job), t.rows, job.cost, t.deadline_ms, t.max_backlog, t.priority, t.owner, t.max_owed),
+            *(t.reply_to, "1" if t.events else "", t.webhook, ALIVE_MS if t.need_worker else 0),
         )
-        if not accepted:
-            wait = await self._drain_s(model, int(backlog))
-            raise QueueFull(f"{model!r} has a backlog of {backlog} of {max_backlog}", retry_after_s=wait)
-        return Submitted(entry.decode(), int(backlog))
+        if (said := verdict.decode()) in ("accepted", "attached"):
+            return Submitted(handle.decode(), said == "attached")
+        raise await self._refusal(said, model, int(waiting), float(rate), terms)
+
+    async def _refusal(self, verdict: str, model: str, waiting: int, best: float, terms: Terms) -> OfframpError:
+        if verdict == "idle":
+            return NoWorker(f"no live worker serves {model!r} now", field="model")
+        if verdict == "late":
+            late = f"{model!r} has {waiting} of work ahead, {waiting / best:.1f} s at its best rate"
+            return DeadlineExceeded(f"the deadline cannot be met: {late}", field="deadline_ms")
+        wait = await self._drain_s(model, waiting)
+        if verdict == "owed":
+            return QuotaExceeded(f"{waiting} of {terms.max_owed} queued and running on {model!r}", retry_after_s=wait)
+        return QueueFull(f"{model!r} has a backlog of {waiting} of {terms.max_backlog}", retry_after_s=wait)
 
     async def _drain_s(self, model: str, backlog: int) -> int:
         """Seconds until the backlog has drained at the live workers' measured rates, 1..60; 5 where none is known."""
@@ -103,24 +108,20 @@ class Broker:
         return 5 if rate <= 0 else max(1, min(60, math.ceil(backlog / rate)))
 
     @reachable
-    async def replies(self, gateway: str, after: str) -> tuple[list[tuple[str, str]], str]:
-        """Wake-ups (job id, status) past `after`, waiting up to a second; and the last id seen."""
-        found = await self._redis.xread({keys.reply(gateway): after}, count=500, block=BLOCK_MS)
-        entries = _entries(found)
-        wakes = [(fields[b"id"].decode(), fields[b"status"].decode()) for _, fields in entries]
-        return wakes, entries[-1][0].decode() if entries else after
-
-    @reachable
-    async def result(self, model: str, job_id: str) -> Result | None:
-        """The result of a finished job, while it is kept."""
-        raw = await self._redis.get(keys.result(model, job_id))
-        return None if raw is None else decode(Result, _bytes(raw))
+    async def replies(self, gateway: str, after: str) -> tuple[list[tuple[str, Result | None]], str]:
+        """Jobs that ended past `after`, with results that are small, waiting up to a second; and the last id seen."""
+        found = await self._read("replies", BLOCK_MS, 500, {keys.reply(gateway): after})
+        wakes = [
+            (fields[b"id"].decode(), decode(Result, raw) if (raw := as_bytes(fields[b"result"])) else None)
+            for _, fields in found
+        ]
+        return wakes, found[-1][0].decode() if found else after
 
     @reachable
     async def catalogue(self) -> dict[str, ModelInfo]:
         """Every model by name that a worker advertised within the last minute."""
         raw = await self._redis.hgetall(keys.CATALOGUE)
-        infos = [decode_info(_bytes(value)) for _, value in sorted(raw.items())]
+        infos = [decode_info(as_bytes(value)) for _, value in sorted(raw.items())]
         return {info.name: info for info in infos if await self._redis.exists(keys.workers(info.name))}
 
     @reachable
@@ -132,113 +133,171 @@ class Broker:
     async def queue_stats(self, model: str) -> QueueStats:
         """Numbers for gauges, read at scrape."""
         async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.xlen(keys.queue(model))
-            pipe.get(keys.backlog(model))
             pipe.hgetall(keys.ledger(model))
-            jobs, backlog, ledger = await pipe.execute()
+            pipe.hvals(keys.backlog(model))
+            pipe.xlen(keys.letters(model))
+            for rank in keys.RANKS:
+                pipe.xlen(keys.queue(model, rank))
+            ledger, backlog, letters, *jobs = await pipe.execute()
         counts = {name.decode(): int(count) for name, count in ledger.items()}
-        return QueueStats(int(jobs), int(backlog or 0), counts, await self.live_workers(model))
+        costs = sum(int(cost) for cost in backlog)
+        return QueueStats(sum(jobs), costs, counts, int(letters), await self.live_workers(model))
 
     # worker side
 
     @reachable
     async def ensure(self, model: str) -> None:
-        """Create the consumer group at the start of the stream, so that no backlog is missed."""
-        try:
-            await self._redis.xgroup_create(keys.queue(model), keys.GROUP, id="0", mkstream=True)
-        except ResponseError as error:
-            if "BUSYGROUP" not in str(error):
-                raise
+        """Create the consumer groups at the start of the streams, so that no backlog is missed."""
+        for rank in keys.RANKS:
+            try:
+                await self._redis.xgroup_create(keys.queue(model, rank), keys.GROUP, id="0", mkstream=True)
+            except ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
 
     @reachable
-    async def take(self, model: str, worker: str, free_rows: int, capacity: int, lease_ms: int) -> Taken:
-        """Take jobs that fit `free_rows` of `capacity` slots; leases idle for `lease_ms` come first."""
-        args: list[str | int] = [keys.GROUP, worker, free_rows, capacity, lease_ms, self._token]
+    async def take(
+        self,
+        model: str,
+        worker: str,
+        free_rows: int,
+        capacity: int,
+        lease_ms: int,
+        max_deliveries: int = 5,
+        ttl_s: int = UNREADABLE_TTL_S,
+    ) -> Taken:
+        """Take jobs that fit `free_rows` of `capacity` slots; leases idle for `lease_ms` come first.
+
+        Jobs that are out of time, or were delivered `max_deliveries` times, end here; `ttl_s` keeps their results.
+        """
+        args = (worker, free_rows, capacity, lease_ms, self._token, max_deliveries, ttl_s)
         try:
-            full, cursor, rows = await self._take(
-                keys=[keys.queue(model), keys.job(model, ""), keys.backlog(model), keys.ledger(model)], args=args
-            )
+            full, cursors, rows, ended = await self._run("take", model, *args)
         except ResponseError as error:
             if "NOGROUP" not in str(error) and "no such key" not in str(error):
                 raise
             await self.ensure(model)
-            return Taken([], False, "0-0")
+            return Taken([])
         deliveries = [delivery for row in rows if (delivery := await self._open(model, row))]
-        return Taken(deliveries, bool(full), cursor.decode())
+        over = [
+            (Wake(tuple(gateways.decode().split()), name.decode()), outcome.decode())
+            for name, outcome, gateways in ended
+        ]
+        return Taken(deliveries, bool(full), [cursor.decode() for cursor in cursors], over)
 
     async def _open(self, model: str, row: Sequence[Any]) -> Delivery | None:
         """The delivery of a row of take.lua; a job that cannot be read ends here as failed."""
-        job_id, entry, deliveries, now, attempt, payload, submitted, deadline = row
+        job_id, entry, deliveries, now, attempt, payload, submitted, deadline, solo, events, states = row
+        handle, token = entry.decode(), attempt.decode()
         try:
             return Delivery(
                 job=decode_job(payload),
-                entry=entry.decode(),
-                attempt=attempt.decode(),
+                entry=handle,
+                attempt=token,
                 deliveries=int(deliveries),
                 submitted_ms=int(submitted),
                 deadline_ms=int(deadline),
                 taken_ms=int(now),
+                solo=bool(solo),
+                events=bool(events),
+                states={int(i): as_bytes(state) for i, state in zip(states[::2], states[1::2], strict=True)},
             )
         except msgspec.DecodeError as error:
             log.error("job %s of %s cannot be read: %s", job_id.decode(), model, error)
         failure = Failure(JobFailed.code, "the worker could not read the job: gateway and worker differ in version?")
         result = Result(job_id.decode(), "failed", failure=failure)
-        await self._close(model, job_id.decode(), entry.decode(), attempt.decode(), result, UNREADABLE_TTL_S)
+        await self._close(model, handle, token, result, UNREADABLE_TTL_S)
         return None
 
     @reachable
-    async def wait(self, model: str, cursor: str, timeout_ms: int) -> None:
-        """Return when the stream has an entry past `cursor` or after `timeout_ms`, a second at most; claims nothing."""
-        await self._redis.xread({keys.queue(model): cursor}, count=1, block=max(1, min(timeout_ms, BLOCK_MS)))
+    async def wait(self, model: str, cursors: Sequence[str], timeout_ms: int) -> None:
+        """Return when a rank has an entry past its cursor or after `timeout_ms`, a second at most; claims nothing."""
+        streams = {keys.queue(model, rank): cursor for rank, cursor in zip(keys.RANKS, cursors, strict=True)}
+        await self._read(model, timeout_ms, 1, streams)
 
     @reachable
-    async def heartbeat(self, model: str, worker: str, entries: Sequence[str]) -> list[str]:
+    async def heartbeat(self, model: str, worker: str, handles: Sequence[str]) -> list[str]:
         """Renew leases; returns the entries that belong to somebody else by now."""
-        if not entries:
+        if not handles:
             return []
-        lost = await self._heartbeat(keys=[keys.queue(model)], args=[keys.GROUP, worker, *entries])
-        return [entry.decode() for entry in lost]
+        return [entry.decode() for entry in await self._run("heartbeat", model, worker, *handles)]
 
     @reachable
-    async def finish(self, model: str, delivery: Delivery, result: Result, ttl_s: int) -> bool:
-        """Write the result and close the entry; False when another was written before, or when a failure comes
-        from a worker that lost the job to another, which goes on with it."""
-        return await self._close(model, delivery.job.id, delivery.entry, delivery.attempt, result, ttl_s)
+    async def finish(self, model: str, delivery: Delivery, result: Result, ttl_s: int) -> Wake | None:
+        """Write the result and close the entry; returns whom to wake.
 
-    async def _close(self, model: str, job_id: str, entry: str, attempt: str, result: Result, ttl_s: int) -> bool:
-        stored = await self._finish(
-            keys=[
-                keys.queue(model),
-                keys.job(model, job_id),
-                keys.result(model, job_id),
-                keys.backlog(model),
-                keys.ledger(model),
-            ],
-            args=[keys.GROUP, entry, result.outcome, encode(result), ttl_s, attempt],
-        )
-        return bool(stored)
+        None when another result was written before, or when a failure comes from a worker that lost the job to
+        another, which goes on with it.
+        """
+        return await self._close(model, delivery.entry, delivery.attempt, result, ttl_s)
 
     @reachable
-    async def notify(self, reply_to: str, job_id: str, status: str) -> None:
-        """Wake the gateway that waits for a job."""
-        stream = keys.reply(reply_to)
+    async def finish_all(self, model: str, over: Sequence[tuple[Delivery, Result]], ttl_s: int) -> list[Wake | None]:
+        """`finish` for several jobs in one round trip."""
+        if len(over) == 1:
+            return [await self.finish(model, *over[0], ttl_s)]
+        raw = [encode(result) for _, result in over]
         async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.xadd(stream, {"id": job_id, "status": status}, maxlen=REPLIES_KEPT, approximate=True)
-            pipe.expire(stream, REPLY_TTL_S)
-            await pipe.execute()
+            for (delivery, result), data in zip(over, raw, strict=True):
+                args = (result.id, delivery.entry, result.outcome, data, ttl_s, delivery.attempt)
+                pipe.execute_command("EVALSHA", SCRIPTS["finish"].sha, 1, keys.prefix(model), *args)
+            answers = await pipe.execute(raise_on_error=False)
+        return [
+            await self.finish(model, delivery, result, ttl_s)
+            if isinstance(answer, Exception)
+            else _wake(answer, result.id, data)
+            for (delivery, result), data, answer in zip(over, raw, answers, strict=True)
+        ]
+
+    async def _close(self, model: str, handle: str, attempt: str, result: Result, ttl_s: int) -> Wake | None:
+        raw = encode(result)
+        answer = await self._run("finish", model, result.id, handle, result.outcome, raw, ttl_s, attempt)
+        return _wake(answer, result.id, raw)
 
     @reachable
-    async def announce(self, worker: str, infos: Iterable[ModelInfo], rates: dict[str, float]) -> None:
-        """Advertise models, give a sign of life, and publish measured drain rates (cost per second)."""
+    async def checkpoint(
+        self,
+        model: str,
+        delivery: Delivery,
+        states: Mapping[int, bytes],
+        done: int,
+        of: int,
+        ttl_s: int,
+        progress: bytes = b"",
+        preview: bytes = b"",
+    ) -> bool:
+        """Keep saved rows and how far the job is, and tell its followers; False when it is no longer this attempt's."""
+        flat = [value for pair in states.items() for value in pair]
+        args = (delivery.job.id, delivery.attempt, ttl_s, done, of, progress, preview, *flat)
+        return bool(await self._run("checkpoint", model, *args))
+
+    @reachable
+    async def release(self, model: str, worker: str, delivery: Delivery) -> bool:
+        """Give a lease back, for anybody to take at once; the delivery does not count. False when it was lost."""
+        args = (worker, delivery.entry, delivery.attempt, delivery.job.id)
+        return bool(await self._run("release", model, *args))
+
+    @reachable
+    async def controls(self, worker: str, after: str) -> tuple[list[tuple[str, str]], str]:
+        """Cancelled entries (model, handle) past `after`, waiting up to a second; and the last id seen."""
+        found = await self._read("controls", BLOCK_MS, 500, {keys.control(worker): after})
+        told = [(fields[b"model"].decode(), fields[b"entry"].decode()) for _, fields in found]
+        return told, found[-1][0].decode() if found else after
+
+    @reachable
+    async def announce(self, worker: str, infos: Iterable[ModelInfo], rates: Mapping[str, tuple[float, float]]) -> None:
+        """Advertise models, give a sign of life, and publish measured and best drain rates (cost per second)."""
         now = await self._now_ms()
         for info in infos:
+            rate, best = rates.get(info.name, (0.0, 0.0))
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.hset(keys.CATALOGUE, info.name, encode(info))
                 pipe.zremrangebyscore(keys.workers(info.name), "-inf", now - ADVERTISED_MS)
                 pipe.zadd(keys.workers(info.name), {worker: now})
                 pipe.expire(keys.workers(info.name), ADVERTISED_MS // 1000)
-                pipe.hset(keys.rates(info.name), worker, f"{rates.get(info.name, 0.0):.6g}")
-                pipe.expire(keys.rates(info.name), ADVERTISED_MS // 1000)
+                for key, value in ((keys.rates(info.name), rate), (keys.best(info.name), best)):
+                    pipe.hset(key, worker, f"{value:.6g}")
+                    pipe.expire(key, ADVERTISED_MS // 1000)
                 await pipe.execute()
 
     @reachable
@@ -248,23 +307,10 @@ class Broker:
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.zadd(keys.workers(model), {worker: 0}, xx=True)
                 pipe.hdel(keys.rates(model), worker)
+                pipe.hdel(keys.best(model), worker)
                 await pipe.execute()
 
-    async def _live(self, model: str) -> list[bytes]:
-        oldest = await self._now_ms() - ALIVE_MS
-        found: list[Any] = await self._redis.zrangebyscore(keys.workers(model), oldest, "+inf")
-        return found
 
-    async def _now_ms(self) -> int:
-        seconds, micros = await self._redis.time()
-        return int(seconds) * 1000 + int(micros) // 1000
-
-
-def _bytes(value: bytes | str) -> bytes:
-    """What a client that decodes nothing answers."""
-    return value if isinstance(value, bytes) else value.encode()
-
-
-def _entries(found: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
-    """Entries of a one-stream XREAD answer; none when it timed out."""
-    return [(entry, fields) for _, entries in found or [] for entry, fields in entries]
+def _wake(answer: Any, job_id: str, result: bytes) -> Wake | None:
+    won, gateways = answer
+    return Wake(tuple(gateways.decode().split()), job_id, result) if won else None

@@ -1,19 +1,26 @@
-"""One job's way through the queue: priced, submitted against the backlog's budget, awaited."""
+"""One job's way through the queue: priced, submitted within the budget, awaited, cancelled when nobody waits."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from uuid import uuid4
+from contextlib import suppress
+from typing import Any
 
-from models.api import ClassifyWork, GenerateWork, ModelInfo, planned_layer_evals
-from service.errors import DeadlineExceeded, JobFailed, NoWorker, by_code
+from starlette.requests import Request
+
+from models.api import ClassifyParams, ClassifyWork, GenerateParams, GenerateWork, ModelInfo, planned_layer_evals
+from service.broker.letters import new_id
+from service.broker.redis_streams import Submitted
+from service.errors import Cancelled, DeadlineExceeded, JobFailed, OfframpError, by_code
+from service.gateway.asking import Asking, fingerprint
 from service.gateway.resolve import pick_gear
 from service.gateway.state import Gateway
-from service.protocol import ClassifyJob, GenerateJob, Job, Result
+from service.protocol import ClassifyJob, GenerateJob, Job, Result, Terms
 
 GRACE_S = 0.5
 Work = GenerateWork | ClassifyWork
+Params = GenerateParams | ClassifyParams
 
 
 def price(work: Work, info: ModelInfo) -> int:
@@ -29,48 +36,93 @@ def price(work: Work, info: ModelInfo) -> int:
     return max(1, planned)
 
 
-async def run_job(gateway: Gateway, info: ModelInfo, work: Work, deadline_ms: int | None, arrived: float) -> Result:
-    """Submit `work` and wait for its result.
+async def run_job(gateway: Gateway, info: ModelInfo, params: Params, work: Work, asked: Asking) -> Result | str:
+    """Submit `work` and wait for its result; the job's id when the client would rather not wait any longer.
 
-    Args:
-        deadline_ms: the client's budget; None takes the setting's.
-        arrived: time.monotonic() at which the request came in; the budget counts from there.
+    A client that hangs up has its job cancelled, unless it can come back for it: by key, or as an async job.
 
     Raises:
-        QueueFull, NoWorker, Unavailable, DeadlineExceeded, or what the worker failed with.
+        QueueFull, NoWorker, Unavailable, DeadlineExceeded, IdempotencyConflict, or what the worker failed with.
     """
-    budget_s = gateway.settings.deadline_s if deadline_ms is None else deadline_ms / 1000
-    job = _job(gateway, info, work)
+    budget_s = gateway.settings.deadline_s if params.deadline_ms is None else params.deadline_ms / 1000
+    job = await _job(gateway, info, params, work, asked)
     waiting = gateway.metrics.waiting.labels(info.task)
-    with gateway.replies.expect(job.id) as event, waiting.track_inprogress():
-        left_s = await _queue(gateway, info, job, budget_s, arrived)
-        result = await gateway.replies.result(event, info.name, job.id, left_s + GRACE_S)
-    _raise_failure(result)
-    return result
+    with gateway.replies.expect(job.id) as waiter, waiting.track_inprogress():
+        submitted, left_s = await _queue(gateway, job, params, asked, budget_s)
+        if submitted.attached:
+            waiter.look.set()
+        answer = gateway.replies.result(waiter, info.name, job.id, left_s + GRACE_S)
+        if asked.wait_s is not None:
+            try:
+                async with asyncio.timeout(asked.wait_s):
+                    return succeeded(await answer)
+            except TimeoutError:
+                return job.id
+        if asked.key:
+            return succeeded(await answer)
+        result = await _unless_gone(asked.request, asyncio.ensure_future(answer))
+    if result is None:
+        await gateway.broker.cancel(info.name, job.id, gateway.settings.result_ttl_s)
+        raise Cancelled("the client went away")
+    return succeeded(result)
 
 
-async def _queue(gateway: Gateway, info: ModelInfo, job: Job, budget_s: float, arrived: float) -> float:
-    """Submit within the budget; returns the seconds that are left of it."""
+async def _queue(gateway: Gateway, job: Job, params: Params, asked: Asking, budget_s: float) -> tuple[Submitted, float]:
+    """Submit within the budget; the seconds that are left of it."""
     try:
-        async with asyncio.timeout(budget_s - (time.monotonic() - arrived)):
-            if not await gateway.broker.live_workers(info.name):
-                raise NoWorker(f"no live worker serves {info.name!r} now", field="model")
-            left_s = budget_s - (time.monotonic() - arrived)
-            budget_ms = max(1, round(left_s * 1000))
-            await gateway.broker.submit(job, job.work.rows, budget_ms, gateway.settings.max_backlog)
+        async with asyncio.timeout(budget_s - (time.monotonic() - asked.arrived)):
+            left_s = budget_s - (time.monotonic() - asked.arrived)
+            terms = Terms(
+                rows=job.work.rows,
+                deadline_ms=max(1, round(left_s * 1000)),
+                max_backlog=gateway.settings.max_backlog,
+                reply_to=gateway.id,
+                priority=asked.caller.allowed(params.priority),
+                owner=asked.caller.id,
+                max_owed=asked.caller.max_owed,
+                events=asked.wait_s is not None,
+                webhook=params.webhook or "",
+                need_worker=True,
+            )
+            return await gateway.broker.submit(job, terms), left_s
     except TimeoutError:
         raise DeadlineExceeded("the deadline passed before the job was queued", field="deadline_ms") from None
-    return left_s
 
 
-def _job(gateway: Gateway, info: ModelInfo, work: Work) -> Job:
-    job_id, cost = uuid4().hex, price(work, info)
+async def _job(gateway: Gateway, info: ModelInfo, params: Params, work: Work, asked: Asking) -> Job:
+    """The job under a fresh id, or under the one that its Idempotency-Key stands for."""
+    cost, job_id = price(work, info), new_id(info.name)
+    if asked.key:
+        digest, images = asked.digest(), work.images if isinstance(work, ClassifyWork) else ()
+        await gateway.broker.remember(digest, fingerprint(params, images), gateway.settings.idempotency_ttl_s)
+        job_id = f"{info.name}.{digest[:32]}"
     if isinstance(work, GenerateWork):
-        return GenerateJob(id=job_id, reply_to=gateway.id, cost=cost, work=work)
-    return ClassifyJob(id=job_id, reply_to=gateway.id, cost=cost, work=work)
+        return GenerateJob(id=job_id, cost=cost, work=work)
+    return ClassifyJob(id=job_id, cost=cost, work=work)
 
 
-def _raise_failure(result: Result) -> None:
+async def _unless_gone(request: Request, answer: asyncio.Future[Any]) -> Result | None:
+    """The answer; None when the client hung up before it came."""
+    gone: asyncio.Future[Any] = asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        found: Result | None = answer.result() if answer.done() else None
+        return found
+    finally:
+        for task in (answer, gone):
+            task.cancel()
+            with suppress(asyncio.CancelledError, OfframpError):
+                await task
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def succeeded(result: Result) -> Result:
+    """The result of a job that went well; raises what another ended with."""
     if result.failure:
         field = "deadline_ms" if result.outcome == "expired" else result.failure.field
         raise by_code().get(result.failure.code, JobFailed)(result.failure.message, field=field)
+    return result

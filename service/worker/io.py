@@ -11,8 +11,9 @@ from typing import Any
 
 from service.broker.redis_streams import Broker
 from service.config import Settings
+from service.loops import new_event_loop
 from service.metrics import WorkerMetrics
-from service.worker.engine import Engine, Finished
+from service.worker.engine import Engine, Tick
 from service.worker.lane import Lane
 from service.worker.patience import AWAY, Backoff, wanted
 
@@ -40,7 +41,7 @@ class WorkerIO:
         self._url, self._worker, self._settings, self._metrics, self._wake = url, worker, settings, metrics, wake
         self._engines = engines
         self._lanes: dict[str, Lane] = {}
-        self._loop = asyncio.new_event_loop()
+        self._loop = new_event_loop()
         self._draining = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="io", daemon=True)
 
@@ -56,9 +57,9 @@ class WorkerIO:
         """Wait for the end."""
         self._thread.join(timeout)
 
-    def report(self, engine: Engine, finished: Sequence[Finished]) -> None:
-        """Tell of a tick: jobs that are over, and slots that may have become free. From any thread."""
-        self._call(self._on_report, engine.name, finished)
+    def report(self, engine: Engine, tick: Tick) -> None:
+        """Tell of a tick: jobs that are over or came further, slots that may have become free. From any thread."""
+        self._call(self._on_report, engine.name, tick)
 
     def drain(self) -> None:
         """Take no more; finish what is in hand, then end. From any thread."""
@@ -68,11 +69,15 @@ class WorkerIO:
         with suppress(RuntimeError):  # the loop has ended: entries are left to redelivery
             self._loop.call_soon_threadsafe(function, *args)
 
-    def _on_report(self, model: str, finished: Sequence[Finished]) -> None:
+    def _on_report(self, model: str, tick: Tick) -> None:
         lane = self._lanes[model]
         lane.ticked()
-        for done in finished:
-            self._group.create_task(lane.finish(done))
+        if tick.finished:
+            self._group.create_task(lane.finish(tick.finished))
+        for progress in tick.progress:
+            self._group.create_task(lane.keep(progress))
+        for progress in tick.suspended:
+            self._group.create_task(lane.release(progress))
 
     def _run(self) -> None:
         try:
@@ -102,6 +107,7 @@ class WorkerIO:
         announcing = self._group.create_task(self._announce(broker))
         beating = [self._group.create_task(lane.beat()) for lane in lanes]
         taking = [self._group.create_task(lane.take()) for lane in lanes]
+        listening = self._group.create_task(self._listen(broker))
         await self._draining.wait()
         for lane in lanes:
             lane.drain()
@@ -109,17 +115,40 @@ class WorkerIO:
         await asyncio.wait([announcing, *taking])
         with suppress(*AWAY):
             await broker.retire(self._worker, list(self._lanes))
-        for lane in lanes:
-            await lane.settled()
-        for beat in beating:
-            beat.cancel()
+        await self._settle(lanes)
+        for task in (*beating, listening):
+            task.cancel()
+
+    async def _settle(self, lanes: Sequence[Lane]) -> None:
+        """Until nothing is in hand; what runs longer than `drain_s` is handed back, its rows saved."""
+        settled = asyncio.gather(*(lane.settled() for lane in lanes))
+        done, _ = await asyncio.wait([settled], timeout=self._settings.drain_s)
+        if not done:
+            for lane in lanes:
+                lane.engine.suspend()
+            self._wake()
+            await settled
+
+    async def _listen(self, broker: Broker) -> None:
+        """Hear of cancelled jobs."""
+        backoff, last = Backoff("listening for cancellations"), "0"
+        while wanted():
+            try:
+                told, last = await broker.controls(self._worker, last)
+            except AWAY as error:
+                await asyncio.sleep(backoff.failed(error))
+            else:
+                backoff.worked()
+                for model, handle in told:
+                    if lane := self._lanes.get(model):
+                        lane.cancelled(handle)
 
     async def _announce(self, broker: Broker) -> None:
         """Say every two seconds what is served and how fast it drains; a stalled engine is not advertised."""
         backoff = Backoff("announcing")
         while wanted():
             live = [lane.engine for lane in self._lanes.values() if lane.ready and not lane.stalled]
-            rates = {engine.name: engine.rate.per_second() for engine in live}
+            rates = {engine.name: (engine.rate.per_second(), engine.rate.best_per_second()) for engine in live}
             try:
                 await broker.announce(self._worker, [engine.task.info for engine in live], rates)
             except AWAY as error:

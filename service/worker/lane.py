@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from service.broker.jobs import Wake
 from service.broker.redis_streams import Broker
 from service.config import Settings
-from service.errors import JobFailed
 from service.metrics import WorkerMetrics
-from service.protocol import Delivery, Failure, Result
-from service.worker.engine import Engine, Finished
+from service.protocol import Delivery, GenerateJob, Result
+from service.worker.engine import Engine, Finished, Progress
 from service.worker.patience import AWAY, Backoff, wanted
-from service.worker.results import failed_result, record, to_result
+from service.worker.results import failed_result, record, to_result, told
 
 WAIT_MS = 1000
 NOTIFY_S = 20.0
@@ -24,12 +25,14 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Held:
-    """A job in hand, and until when (this machine's monotonic seconds) its answer is worth retrying."""
+    """A job in hand, until when (this machine's monotonic seconds) its answer is worth retrying, and whether a
+    checkpoint is on its way."""
 
     delivery: Delivery
     useful_until: float
+    saving: bool = False
 
 
 class Lane:
@@ -61,6 +64,7 @@ class Lane:
         """Take no more. Answers that Redis does not accept within a lease are left to redelivery."""
         self._give_up_at = time.monotonic() + self._settings.lease_s
         self.draining.set()
+        self.room.set()
 
     def ticked(self) -> None:
         """The engine made a tick, so it is not stalled: look for work again if that made room."""
@@ -76,30 +80,51 @@ class Lane:
 
     async def take(self) -> None:
         """Take exactly as many rows as there are free slots, until drained."""
-        lease_ms = int(self._settings.lease_s * 1000)
         backoff = Backoff(f"taking {self.model} jobs")
         while wanted() and not self.draining.is_set():
             self.room.clear()
             free = self._free_seen = self.engine.free_rows()
             if self.stalled or not free:
-                await self._unless_draining(self.room.wait())
+                await self._for_room()
                 continue
             try:
-                if not self.ready:
-                    await self._open()
-                taken = await self._broker.take(self.model, self._worker, free, self.engine.capacity, lease_ms)
-                for delivery in taken.deliveries:
-                    self._receive(delivery)
-                    self._free_seen = max(0, self._free_seen - delivery.job.work.rows)
-                if taken.full:
-                    await self._unless_draining(self.room.wait())
-                elif not taken.deliveries:
-                    await self._unless_draining(self._broker.wait(self.model, taken.cursor, WAIT_MS))
+                await self._turn(free)
             except AWAY as error:
                 self.ready = False
-                await self._unless_draining(asyncio.sleep(backoff.failed(error)))
+                await asyncio.sleep(backoff.failed(error))
             else:
                 backoff.worked()
+
+    async def _turn(self, free: int) -> None:
+        """Take what fits, then wait for room or for more."""
+        if not self.ready:
+            await self._open()
+        settings = self._settings
+        taken = await self._broker.take(
+            self.model,
+            self._worker,
+            free,
+            self.engine.capacity,
+            int(settings.lease_s * 1000),
+            settings.max_deliveries,
+            settings.result_ttl_s,
+        )
+        for delivery in taken.deliveries:
+            self._receive(delivery)
+            self._free_seen = max(0, self._free_seen - delivery.job.work.rows)
+        for wake, outcome in taken.ended:
+            self._metrics.outcomes.labels(self.model, outcome).inc()
+            self._spawn(self._notify([wake]))
+        if taken.full:
+            await self._for_room()
+        elif self._free_seen:
+            await self._broker.wait(self.model, taken.cursors, WAIT_MS)
+
+    async def _for_room(self) -> None:
+        """Wait for room or the drain, a second at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(WAIT_MS / 1000):
+                await self.room.wait()
 
     async def _open(self) -> None:
         """Before the first take and after an outage: a fit server, a group, and our leases renewed before we look."""
@@ -108,27 +133,11 @@ class Lane:
         await self._renew()
         self.ready = True
 
-    async def _unless_draining(self, wait: Awaitable[Any]) -> None:
-        """Await `wait`, the drain, or a second and a half, whichever is first."""
-        waits = [asyncio.ensure_future(wait), asyncio.ensure_future(self.draining.wait())]
-        try:
-            await asyncio.wait(waits, timeout=WAIT_MS * 1.5e-3, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for one in waits:
-                one.cancel()
-            outcome, _ = await asyncio.gather(*waits, return_exceptions=True)
-        if isinstance(outcome, Exception):
-            raise outcome
-
     def _receive(self, delivery: Delivery) -> None:
         if earlier := self.hand.get(delivery.entry):
             self.engine.withdraw([earlier.delivery.attempt])
         left_s = (delivery.deadline_ms - delivery.taken_ms) / 1000
         self.hand[delivery.entry] = Held(delivery, time.monotonic() + max(0.0, left_s) + self._settings.lease_s)
-        if delivery.deliveries > self._settings.max_deliveries:
-            failure = Failure(JobFailed.code, f"given up after {delivery.deliveries - 1} deliveries")
-            self._spawn(self.finish(Finished(delivery, "failed", failure=failure)))
-            return
         self.engine.offer(delivery)
         self._wake()
 
@@ -177,54 +186,106 @@ class Lane:
         self._put_down_one.set()
         return True
 
-    async def finish(self, done: Finished) -> None:
-        """Encode and store an answer, put the job down, wake its gateway."""
-        held = self.hand.get(done.delivery.entry)
+    def cancelled(self, handle: str) -> None:
+        """Somebody cancelled a job: let it go at the next tick."""
+        if held := self.hand.get(handle):
+            self._put_down(held.delivery)
+            self.engine.withdraw([held.delivery.attempt])
+            self._metrics.outcomes.labels(self.model, "cancelled").inc()
+            self._wake()
+
+    async def keep(self, progress: Progress) -> None:
+        """Save a job's rows and tell its followers; one at a time, the next tick's are as good."""
+        held = self.hand.get(progress.delivery.entry)
+        if held is None or held.saving:
+            return
+        held.saving = True
+        try:
+            await self._checkpoint(progress)
+        except AWAY as error:
+            log.warning("checkpoint failed", extra={"model": self.model, "error": str(error)})
+        finally:
+            held.saving = False
+
+    async def _checkpoint(self, progress: Progress) -> None:
+        most, delivery = self._settings.checkpoint_max_bytes, progress.delivery
+        states = {index: state for index, state in progress.states.items() if len(state) <= most}
+        news = await asyncio.to_thread(told, progress) if delivery.events else (b"", b"")
+        ttl_s = max(1, (delivery.deadline_ms - delivery.taken_ms) // 1000) + self._settings.result_ttl_s
+        mine = await self._broker.checkpoint(self.model, delivery, states, progress.done, progress.of, ttl_s, *news)
+        if mine:
+            self._metrics.checkpoints.labels(self.model).inc(len(states))
+        else:
+            self._lose([delivery])
+
+    async def release(self, progress: Progress) -> None:
+        """Hand a job back with its rows as they are, for another worker to go on with."""
+        try:
+            await self._checkpoint(progress)
+            await self._broker.release(self.model, self._worker, progress.delivery)
+        except AWAY as error:
+            log.warning("left to redelivery", extra={"model": self.model, "error": str(error)})
+        self._put_down(progress.delivery)
+
+    async def finish(self, over: Sequence[Finished]) -> None:
+        """Encode and store the answers of a tick, put the jobs down, wake their gateways."""
+        if any(isinstance(done.delivery.job, GenerateJob) for done in over):
+            results = await asyncio.to_thread(self._encode, over)
+        else:
+            results = self._encode(over)
+        pairs = [(done.delivery, result) for done, result in zip(over, results, strict=True)]
+        try:
+            wakes: Sequence[Wake | None] = await self._broker.finish_all(self.model, pairs, self._settings.result_ttl_s)
+        except AWAY:
+            wakes = await asyncio.gather(*(self._store(*pair) for pair in pairs))
+        for done, result, wake in zip(over, results, wakes, strict=True):
+            self._put_down(done.delivery)
+            fields = {"model": self.model, "job": result.id, "outcome": result.outcome, "run_s": result.run_s}
+            log.info("job finished" if wake else "answer not needed, or left to redelivery", extra=fields)
+            if wake:
+                record(self._metrics, self.model, result, done)
+        await self._notify([wake for wake in wakes if wake])
+
+    def _encode(self, over: Sequence[Finished]) -> list[Result]:
+        return [self._encoded(done) for done in over]
+
+    def _encoded(self, done: Finished) -> Result:
+        try:
+            return to_result(done, self._worker, self._settings.max_result_bytes)
+        except Exception as error:
+            log.exception("answer cannot be encoded", extra={"model": self.model, "job": done.delivery.job.id})
+            return failed_result(done, self._worker, f"encode: {type(error).__name__}: {error}")
+
+    async def _store(self, delivery: Delivery, result: Result) -> Wake | None:
+        """Try until the answer is not worth it any more; None where it does not count or is left to redelivery."""
+        held = self.hand.get(delivery.entry)
         useful_until = held.useful_until if held else time.monotonic() + self._settings.lease_s
         try:
-            result = await asyncio.to_thread(to_result, done, self._worker)
-            wrote = await self._store(done, result, useful_until)
-        except Exception as error:
-            log.exception("answer cannot be written", extra={"model": self.model, "job": done.delivery.job.id})
-            result = failed_result(done, self._worker, f"encode: {type(error).__name__}: {error}")
-            wrote = await self._store(done, result, useful_until)
-        self._put_down(done.delivery)
-        if wrote:
-            record(self._metrics, self.model, result, done)
-            await self._notify(done, result)
+            return await self._retry(
+                "finishing a job",
+                lambda: self._broker.finish(self.model, delivery, result, self._settings.result_ttl_s),
+                lambda: min(useful_until, self._give_up_at),
+            )
+        except AWAY:
+            return None
 
-    async def _store(self, done: Finished, result: Result, useful_until: float) -> bool:
-        ttl_s = self._settings.result_ttl_s
-        wrote = await self._retry(
-            "finishing a job",
-            lambda: self._broker.finish(self.model, done.delivery, result, ttl_s),
-            lambda: min(useful_until, self._give_up_at),
-        )
-        fields = {"model": self.model, "job": result.id, "outcome": result.outcome, "run_s": result.run_s}
-        if wrote is None:
-            log.error("answer not stored, left to redelivery", extra=fields)
-        else:
-            log.info("job finished" if wrote else "job was finished by another", extra=fields)
-        return bool(wrote)
-
-    async def _notify(self, done: Finished, result: Result) -> None:
-        """Wake the gateway; it looks by itself every few seconds, so giving up costs delay only."""
+    async def _notify(self, wakes: Sequence[Wake]) -> None:
+        """Wake gateways; they look by themselves every few seconds, so giving up costs delay only."""
         until = time.monotonic() + NOTIFY_S
-        await self._retry(
-            "waking a gateway",
-            lambda: self._broker.notify(done.delivery.job.reply_to, result.id, result.outcome),
-            lambda: min(until, self._give_up_at),
-        )
+        with suppress(*AWAY):
+            await self._retry(
+                "waking a gateway", lambda: self._broker.notify(wakes), lambda: min(until, self._give_up_at)
+            )
 
-    async def _retry(self, what: str, call: Callable[[], Awaitable[T]], until: Callable[[], float]) -> T | None:
-        """`call` until it works; None when it did not by `until` (monotonic seconds; it may move)."""
+    async def _retry(self, what: str, call: Callable[[], Awaitable[T]], until: Callable[[], float]) -> T:
+        """`call` until it works; its last error once `until` (monotonic seconds; it may move) has passed."""
         backoff = Backoff(what)
         while True:
             try:
                 value = await call()
             except AWAY as error:
                 if time.monotonic() >= until():
-                    return None
+                    raise
                 await asyncio.sleep(backoff.failed(error))
             else:
                 backoff.worked()

@@ -12,8 +12,8 @@ from PIL import Image
 from models.api import ClassifiedRow, GeneratedRow
 from service.errors import JobFailed
 from service.metrics import WorkerMetrics
-from service.protocol import EncodedImage, Failure, GenerateJob, Prediction, Result
-from service.worker.engine import Finished
+from service.protocol import EncodedImage, Failure, GenerateJob, Prediction, Result, encode
+from service.worker.engine import Finished, Progress
 
 
 def encode_image(pixels: Any, format: str) -> bytes:
@@ -31,13 +31,16 @@ def encode_image(pixels: Any, format: str) -> bytes:
     return buffer.getvalue()
 
 
-def to_result(done: Finished, worker: str) -> Result:
-    """The Result of a job, its images encoded as it asked."""
+def to_result(done: Finished, worker: str, max_bytes: int) -> Result:
+    """The Result of a job, its images encoded as it asked; a failure where they have more than `max_bytes`."""
     job = done.delivery.job
     images: tuple[EncodedImage, ...] = ()
     predictions: tuple[Prediction, ...] = ()
     if isinstance(job, GenerateJob):
         images = tuple(_image(row, job.work.format) for row in done.rows)
+        if (size := sum(len(image.data) for image in images)) > max_bytes:
+            message = f"the images have {size} bytes, OFFRAMP_MAX_RESULT_BYTES allows {max_bytes}: ask for fewer"
+            return failed_result(done, worker, message)
     else:
         predictions = tuple(
             Prediction(row.probabilities, row.uncertainty, row.decision, row.prediction_set) for row in done.rows
@@ -59,6 +62,13 @@ def failed_result(done: Finished, worker: str, message: str) -> Result:
     """The Result of a job that cannot be answered."""
     failure = Failure(JobFailed.code, message, JobFailed.retryable)
     return Result(done.delivery.job.id, "failed", done.queue_s, done.run_s, failure=failure, worker=worker)
+
+
+def told(progress: Progress) -> tuple[bytes, bytes]:
+    """What followers are told of a running job: msgpack of how far it is, and of previews (png) by image; empty for
+    none."""
+    pictures = {index: encode_image(pixels, "png") for index, pixels in progress.previews.items()}
+    return encode({"done": progress.done, "of": progress.of}), encode(pictures) if pictures else b""
 
 
 def _image(row: GeneratedRow, format: str) -> EncodedImage:

@@ -1,12 +1,13 @@
 -- Renew the leases that this worker still holds; never steal one back.
--- KEYS queue
--- ARGV group worker entry ...
--- Returns the entries that are no longer this worker's: all of them where the group is gone.
+-- ARGV worker handle ...
+-- Returns the handles that are no longer this worker's: all of them where the group is gone.
 local lost = {}
-for i = 3, #ARGV do
-  local held = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2])
+for i = 2, #ARGV do
+  local rank, entry = string.match(ARGV[i], '^(%a+):(.+)$')
+  local queue = P .. 'q:' .. rank
+  local held = redis.pcall('XPENDING', queue, GROUP, entry, entry, 1, ARGV[1])
   if held[1] then
-    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'JUSTID')
+    redis.call('XCLAIM', queue, GROUP, ARGV[1], 0, entry, 'JUSTID')
   else
     lost[#lost + 1] = ARGV[i]
   end

@@ -1,22 +1,52 @@
--- Accept a job, or refuse it because the backlog is at its budget. A job that is there already is not queued
--- again: clients retry when a connection breaks before the answer.
--- KEYS queue job backlog ledger
--- ARGV id payload rows cost deadline_budget_ms max_backlog
--- Returns {1, entry, backlog} or {0, "", backlog}.
-local queue, job, backlog, ledger = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local id, payload, rows, cost = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
-if redis.call('EXISTS', job) == 1 then
-  return {1, redis.call('HGET', job, 'entry'), tonumber(redis.call('GET', backlog) or '0')}
+-- Accept a job, or say why not. A job that is there already is not queued again but waited for: clients retry when a
+-- connection breaks before the answer.
+-- ARGV id payload rows cost deadline_budget_ms max_backlog rank owner max_owed reply_to events webhook alive_ms
+-- Returns {verdict, handle, cost waiting ahead, cost per second}; verdict accepted, attached, full, owed, late, idle.
+local id, payload, rows, cost, budget, most, rank, owner, max_owed, reply, events, webhook, alive = unpack(ARGV)
+local job = P .. 'job:' .. id
+cost, budget, max_owed = tonumber(cost), tonumber(budget), tonumber(max_owed)
+
+local known = redis.call('HMGET', job, 'entry', 'reply')
+if known[1] then
+  if reply ~= '' and not string.find(' ' .. known[2] .. ' ', ' ' .. reply .. ' ', 1, true) then
+    redis.call('HSET', job, 'reply', known[2] .. ' ' .. reply)
+  end
+  return {'attached', known[1], 0, '0'}
 end
-local waiting = tonumber(redis.call('GET', backlog) or '0')
-if waiting > 0 and waiting + cost > tonumber(ARGV[6]) then
-  return {0, '', waiting}
+
+local now = now_ms()
+local rate, total, ahead = 0, 0, 0
+if tonumber(alive) > 0 then
+  local live = redis.call('ZRANGEBYSCORE', P .. 'workers', now - alive, '+inf')
+  if #live == 0 then return {'idle', '', 0, '0'} end
+  for _, best in ipairs(redis.call('HMGET', P .. 'best', unpack(live))) do rate = rate + tonumber(best or 0) end
 end
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-redis.call('HSET', job, 'state', 'queued', 'payload', payload,
-  'submitted_ms', now, 'deadline_ms', now + ARGV[5])
-local entry = redis.call('XADD', queue, '*', 'id', id, 'rows', rows, 'cost', cost)
-redis.call('HSET', job, 'entry', entry)
-redis.call('HINCRBY', ledger, 'accepted', 1)
-return {1, entry, redis.call('INCRBY', backlog, cost)}
+for i, queued in ipairs(redis.call('HMGET', P .. 'backlog', unpack(RANKS))) do
+  queued = tonumber(queued or 0)
+  total = total + queued
+  if WEIGHTS[RANKS[i]] >= WEIGHTS[rank] then ahead = ahead + queued end
+end
+if total > 0 and total + cost > tonumber(most) then return {'full', '', total, tostring(rate)} end
+if max_owed > 0 then
+  local owed = tonumber(redis.call('HGET', P .. 'owed', owner) or 0)
+  if owed > 0 and owed + cost > max_owed then return {'owed', '', owed, tostring(rate)} end
+end
+if rate > 0 and ahead > 0 and (ahead + cost) / rate * 1000 > budget then
+  return {'late', '', ahead, tostring(rate)}
+end
+
+local fields = {'id', id, 'rows', rows, 'cost', cost}
+for name, value in pairs({owner = owner, events = events, webhook = webhook}) do
+  if value ~= '' then
+    fields[#fields + 1] = name
+    fields[#fields + 1] = value
+  end
+end
+local handle = rank .. ':' .. redis.call('XADD', P .. 'q:' .. rank, '*', unpack(fields))
+redis.call('HSET', job, 'state', 'queued', 'payload', payload, 'entry', handle, 'reply', reply, 'owner', owner,
+  'submitted_ms', now, 'deadline_ms', now + budget)
+redis.call('HINCRBY', P .. 'ledger', 'accepted', 1)
+redis.call('HINCRBY', P .. 'backlog', rank, cost)
+if owner ~= '' then redis.call('HINCRBY', P .. 'owed', owner, cost) end
+if events ~= '' then tell(id, 'queued', '') end
+return {'accepted', handle, total + cost, tostring(rate)}

@@ -1,77 +1,117 @@
--- Hand out jobs that fit the free rows: leases that ran out first, then new entries. Stops at the first
--- job that does not fit, without claiming it. A job larger than the pool fits an empty pool only.
--- KEYS queue job_key_prefix backlog ledger
--- ARGV group worker free capacity lease_ms token
--- Returns {full, cursor, {id, entry, deliveries, now, attempt, payload, submitted_ms, deadline_ms} ...}.
-local queue, prefix, backlog, ledger = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local group, worker, free, capacity = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local lease, token = tonumber(ARGV[5]), ARGV[6]
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local taken, full = {}, 0
+-- Hand out jobs that fit the free rows: leases that ran out first, then new entries, by weighted shares of the ranks
+-- (start-time fair queueing by cost, Goyal et al., SIGCOMM 1996). Stops at the first job that does not fit, without
+-- claiming it. A job larger than the pool, or one that may have killed its workers, needs an empty pool for itself.
+-- Jobs whose deadline passed, or that were delivered too often, end here.
+-- ARGV worker free capacity lease_ms token max_deliveries ttl_s
+-- Returns {full, cursors, {job ...}, {id, outcome, gateways ...}}.
+local worker, token = ARGV[1], ARGV[5]
+local free, capacity, lease = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local most, ttl = tonumber(ARGV[6]), ARGV[7]
+local SOLO = 2  -- deliveries beyond which a job runs alone
+local now = now_ms()
+local taken, ended, full = {}, {}, 0
 
-local function fields(entry)
-  local found = redis.call('XRANGE', queue, entry, entry)
-  if not found[1] then return nil end
-  local map = {}
-  for i = 1, #found[1][2], 2 do map[found[1][2][i]] = found[1][2][i + 1] end
-  return map
+local function fits(rows, deliveries)
+  if deliveries > SOLO or rows > capacity then return free == capacity end
+  return rows <= free
 end
 
-local function fits(rows)
-  return rows <= free or (rows > capacity and free == capacity)
+local function over(rank, entry, map, outcome, result)
+  ended[#ended + 1] = {map.id, outcome, close(rank, entry, map, outcome, result, ttl)}
 end
 
-local function hand_out(entry, map, deliveries)
-  local job = prefix .. map['id']
-  local body = redis.call('HMGET', job, 'payload', 'submitted_ms', 'deadline_ms')
-  if not body[1] then
-    redis.call('XACK', queue, group, entry)
-    redis.call('XDEL', queue, entry)
-    redis.call('DECRBY', backlog, map['cost'])
-    redis.call('HINCRBY', ledger, 'failed', 1)
-    return
+local function bury(rank, entry, map, body, deliveries)
+  local why = body.error or 'the worker went away'
+  redis.call('XADD', P .. 'dlq', '*', 'id', map.id, 'payload', body.payload, 'rank', rank, 'rows', map.rows,
+    'cost', map.cost, 'owner', map.owner or '', 'attempts', deliveries - 1, 'worker', body.worker or '',
+    'error', why, 'submitted_ms', body.submitted_ms, 'dead_ms', now)
+  over(rank, entry, map, 'dead', failure(map.id, 'dead', 'job_failed',
+    'given up after ' .. (deliveries - 1) .. ' deliveries: ' .. why, false))
+end
+
+-- False when the job ended instead.
+local function hand_out(rank, entry, map, deliveries)
+  local job = P .. 'job:' .. map.id
+  local names = {'payload', 'submitted_ms', 'deadline_ms', 'error', 'worker', 'done'}
+  local body = {}
+  for i, value in ipairs(redis.call('HMGET', job, unpack(names))) do body[names[i]] = value or nil end
+  if not body.payload then
+    over(rank, entry, map, 'failed', failure(map.id, 'failed', 'job_failed', 'the job was lost by the store', true))
+    return false
+  elseif tonumber(body.deadline_ms) <= now then
+    local message = 'the deadline passed while it waited'
+    over(rank, entry, map, 'expired', failure(map.id, 'expired', 'deadline_exceeded', message, true))
+    return false
+  elseif deliveries > most then
+    bury(rank, entry, map, body, deliveries)
+    return false
   end
-  local attempt = token .. ':' .. entry .. ':' .. deliveries
+  local attempt = table.concat({token, entry, deliveries, now}, ':')
   redis.call('HSET', job, 'state', 'running', 'attempt', attempt, 'worker', worker)
-  free = math.max(0, free - tonumber(map['rows']))
-  taken[#taken + 1] = {map['id'], entry, deliveries, now, attempt, body[1], body[2], body[3]}
+  if map.events then tell(map.id, 'started', '') end
+  local solo, rows = deliveries > SOLO, tonumber(map.rows)
+  free = solo and 0 or math.max(0, free - rows)
+  local states = body.done and redis.call('HGETALL', P .. 'ck:' .. map.id) or {}
+  taken[#taken + 1] = {map.id, rank .. ':' .. entry, deliveries, now, attempt, body.payload, body.submitted_ms,
+    body.deadline_ms, solo and 1 or 0, map.events and 1 or 0, states}
+  return true
 end
 
-while free > 0 do
-  local idle = redis.call('XPENDING', queue, group, 'IDLE', lease, '-', '+', 1)
-  if not idle[1] then break end
-  local entry, deliveries = idle[1][1], idle[1][4] + 1
-  local map = fields(entry)
-  if not map then
-    redis.call('XACK', queue, group, entry)
-  elseif fits(tonumber(map['rows'])) then
-    redis.call('XAUTOCLAIM', queue, group, worker, lease, entry, 'COUNT', 1)
-    hand_out(entry, map, deliveries)
-  else
-    full = 1
-    break
+local lengths, cursors = {}, {}
+for _, rank in ipairs(RANKS) do
+  local queue = P .. 'q:' .. rank
+  lengths[rank], cursors[rank] = redis.call('XLEN', queue), '0-0'
+  for _, group in ipairs(redis.call('XINFO', 'GROUPS', queue)) do
+    group = mapped(group)
+    if group['name'] == GROUP then cursors[rank] = group['last-delivered-id'] end
   end
 end
 
-local cursor = '0-0'
-for _, g in ipairs(redis.call('XINFO', 'GROUPS', queue)) do
-  local info = {}
-  for i = 1, #g, 2 do info[g[i]] = g[i + 1] end
-  if info['name'] == group then cursor = info['last-delivered-id'] end
+for _, rank in ipairs(RANKS) do
+  local queue = P .. 'q:' .. rank
+  while lengths[rank] > 0 and free > 0 and full == 0 do
+    local idle = redis.call('XPENDING', queue, GROUP, 'IDLE', lease, '-', '+', 1)[1]
+    if not idle then break end
+    local entry, deliveries = idle[1], idle[4] + 1
+    local map = entry_at(rank .. ':' .. entry)
+    if not map then
+      redis.call('XACK', queue, GROUP, entry)
+    elseif fits(tonumber(map.rows), deliveries) then
+      redis.call('XAUTOCLAIM', queue, GROUP, worker, lease, entry, 'COUNT', 1)
+      hand_out(rank, entry, map, deliveries)
+    else
+      full = 1
+    end
+  end
 end
 
+local tags = {}
+local turns = redis.call('HMGET', P .. 'turns', 'now', unpack(RANKS))
+local clock, moved = tonumber(turns[1] or 0), false
+for i, rank in ipairs(RANKS) do tags[rank] = tonumber(turns[i + 1] or 0) end
+local heads = {}
 while free > 0 and full == 0 do
-  local next = redis.call('XRANGE', queue, '(' .. cursor, '+', 'COUNT', 1)
-  if not next[1] then break end
-  local map = {}
-  for i = 1, #next[1][2], 2 do map[next[1][2][i]] = next[1][2][i + 1] end
-  if not fits(tonumber(map['rows'])) then
+  local pick
+  for _, rank in ipairs(RANKS) do
+    if lengths[rank] > 0 and heads[rank] == nil then
+      heads[rank] = redis.call('XRANGE', P .. 'q:' .. rank, '(' .. cursors[rank], '+', 'COUNT', 1)[1] or false
+    end
+    if heads[rank] and (not pick or math.max(tags[rank], clock) < math.max(tags[pick], clock)) then pick = rank end
+  end
+  if not pick then break end
+  local entry, map = heads[pick][1], mapped(heads[pick][2])
+  if not fits(tonumber(map.rows), 1) then
     full = 1
     break
   end
-  cursor = next[1][1]
-  redis.call('XREADGROUP', 'GROUP', group, worker, 'COUNT', 1, 'STREAMS', queue, '>')
-  hand_out(cursor, map, 1)
+  redis.call('XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', 1, 'STREAMS', P .. 'q:' .. pick, '>')
+  cursors[pick], heads[pick] = entry, nil
+  if hand_out(pick, entry, map, 1) then
+    clock = math.max(tags[pick], clock)
+    tags[pick], moved = clock + map.cost / WEIGHTS[pick], true
+  end
 end
-return {full, cursor, taken}
+if moved then
+  redis.call('HSET', P .. 'turns', 'now', clock, 'high', tags.high, 'normal', tags.normal, 'low', tags.low)
+end
+return {full, {cursors.high, cursors.normal, cursors.low}, taken, ended}

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from models.api import ClassifyParams
 from service.gateway.admission import run_job
+from service.gateway.asking import Asking, asking
 from service.gateway.bodies import Images, classify_input
 from service.gateway.imaging import decode_all
 from service.gateway.negotiation import choose
 from service.gateway.resolve import classify_work, pick_model
 from service.gateway.routes.deps import Shared
+from service.gateway.routes.jobs import accepted
 from service.gateway.schemas import (
     Classification,
     ClassifyForm,
@@ -37,6 +39,7 @@ router = APIRouter()
 
 @router.post(
     "/classify",
+    response_model=ClassifyResponse,
     response_model_exclude_none=True,
     openapi_extra={
         "requestBody": {
@@ -49,8 +52,11 @@ router = APIRouter()
     },
 )
 async def classify(
-    request: Request, gateway: Shared, body: Annotated[tuple[ClassifyParams, Images], Depends(classify_input)]
-) -> ClassifyResponse:
+    request: Request,
+    gateway: Shared,
+    asked: Annotated[Asking, Depends(asking)],
+    body: Annotated[tuple[ClassifyParams, Images], Depends(classify_input)],
+) -> Any:
     """Classify pictures sent as base64 in JSON or as multipart files (image, images, file or files)."""
     params, encoded = body
     choose(request.headers.get("accept"), (JSON,))
@@ -59,7 +65,9 @@ async def classify(
     work = classify_work(
         params, info, await run_in_threadpool(decode_all, encoded, info.image, gateway.settings.max_pixels)
     )
-    result = await run_job(gateway, info, work, params.deadline_ms, request.state.arrived)
+    result = await run_job(gateway, info, params, work, asked)
+    if isinstance(result, str):
+        return await accepted(gateway, result)
     return ClassifyResponse(
         id=result.id,
         model=info.name,

@@ -14,11 +14,13 @@ from starlette.responses import Response
 
 from models.api import GenerateParams, ImageFormat, ModelInfo
 from service.gateway.admission import run_job
+from service.gateway.asking import Asking, asking
 from service.gateway.bodies import generate_params
 from service.gateway.imaging import grid
 from service.gateway.negotiation import choose
 from service.gateway.resolve import generate_work, pick_model
 from service.gateway.routes.deps import Shared
+from service.gateway.routes.jobs import accepted
 from service.gateway.schemas import (
     GeneratedImage,
     GenerateReceipt,
@@ -49,14 +51,19 @@ router = APIRouter()
     openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": body_schema(GenerateRequest)}}}},
 )
 async def generate(
-    request: Request, gateway: Shared, params: Annotated[GenerateParams, Depends(generate_params)]
+    request: Request,
+    gateway: Shared,
+    asked: Annotated[Asking, Depends(asking)],
+    params: Annotated[GenerateParams, Depends(generate_params)],
 ) -> Any:
     """Draw images."""
     media = choose(request.headers.get("accept"), _offers(params.format))
     info = pick_model(await gateway.catalogue.infos(), params.model, "generate")
     request.state.model = info.name
     work = generate_work(params, info, _worker_format(params, media))
-    result = await run_job(gateway, info, work, params.deadline_ms, request.state.arrived)
+    result = await run_job(gateway, info, params, work, asked)
+    if isinstance(result, str):
+        return await accepted(gateway, result)
     if media in PICTURES:
         return await _picture(result, media)
     return _answer(result, info, request.state.arrived)

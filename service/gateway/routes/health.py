@@ -53,11 +53,12 @@ async def metrics(gateway: Shared) -> Response:
 
 def _set_gauges(gateway: Gateway, stats: list[tuple[ModelInfo, QueueStats]]) -> None:
     m = gateway.metrics
-    for gauge in (m.queue_jobs, m.backlog, m.jobs, m.workers):
+    for gauge in (m.queue_jobs, m.backlog, m.jobs, m.letters, m.workers):
         gauge.clear()
     for info, queue in stats:
         m.queue_jobs.labels(info.name).set(queue.jobs)
         m.backlog.labels(info.name).set(queue.backlog)
+        m.letters.labels(info.name).set(queue.letters)
         m.workers.labels(info.name).set(queue.workers)
         for state, count in queue.ledger.items():
             m.jobs.labels(info.name, state).set(count)

@@ -8,7 +8,7 @@ from service.protocol import ClassifyJob, Delivery, Result
 
 def job(model: str, rows: int = 1, cost: int = 10) -> ClassifyJob:
     work = ClassifyWork(model=model, images=(b"x",) * rows, method="single", top_k=1)
-    return ClassifyJob(id=uuid4().hex, reply_to="g", cost=cost, work=work)
+    return ClassifyJob(id=uuid4().hex, cost=cost, work=work)
 
 
 def ok(delivery: Delivery, worker: str = "w") -> Result:

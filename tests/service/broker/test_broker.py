@@ -9,8 +9,10 @@ import pytest
 from redis.asyncio import Redis
 
 from service.broker import keys
+from service.broker.jobs import Wake
 from service.broker.redis_streams import Broker
 from service.errors import QueueFull, Unavailable
+from service.protocol import Result, Terms, encode
 from tests.service.broker.jobs import info, job, ok
 
 LONG, SHORT = 60_000, 150
@@ -19,7 +21,7 @@ LONG, SHORT = 60_000, 150
 async def put(broker, model, *rows, cost=10):
     made = [job(model, n, cost) for n in rows]
     for one in made:
-        await broker.submit(one, one.work.rows, 30_000, 10_000)
+        await broker.submit(one, Terms(one.work.rows, 30_000, 10_000))
     return made
 
 
@@ -31,7 +33,7 @@ async def test_a_job_goes_round(broker, model):
     assert delivery.deliveries == 1
     assert 0 < delivery.deadline_ms - delivery.submitted_ms <= 30_000
     assert await broker.result(model, sent.id) is None
-    assert await broker.finish(model, delivery, ok(delivery), 60)
+    assert await broker.finish(model, delivery, ok(delivery), 60) == Wake((), sent.id, encode(ok(delivery)))
     assert (await broker.result(model, sent.id)).outcome == "ok"
     stats = await broker.queue_stats(model)
     assert (stats.jobs, stats.backlog, stats.ledger) == (0, 0, {"accepted": 1, "ok": 1})
@@ -39,9 +41,9 @@ async def test_a_job_goes_round(broker, model):
 
 async def test_the_same_job_submitted_twice_is_queued_once(broker, model):
     sent = job(model)
-    first = await broker.submit(sent, 1, 1000, 100)
-    again = await broker.submit(sent, 1, 1000, 100)
-    assert again == first
+    first = await broker.submit(sent, Terms(1, 1000, 100))
+    again = await broker.submit(sent, Terms(1, 1000, 100))
+    assert (again.entry, again.attached) == (first.entry, True)
     stats = await broker.queue_stats(model)
     assert (stats.jobs, stats.backlog, stats.ledger) == (1, 10, {"accepted": 1})
 
@@ -105,27 +107,27 @@ async def test_the_first_result_wins_and_the_ledger_counts_one(broker, model):
     await asyncio.sleep(0.01)
     [fresh] = (await broker.take(model, "v", 1, 4, 1)).deliveries
     assert stale.attempt != fresh.attempt
-    assert await broker.finish(model, stale, ok(stale, "w"), 60)
-    assert not await broker.finish(model, fresh, ok(fresh, "v"), 60)
+    assert await broker.finish(model, stale, ok(stale, "w"), 60) is not None
+    assert await broker.finish(model, fresh, ok(fresh, "v"), 60) is None
     assert (await broker.result(model, sent.id)).worker == "w"
     stats = await broker.queue_stats(model)
     assert (stats.jobs, stats.backlog, stats.ledger) == (0, 0, {"accepted": 1, "ok": 1})
 
 
 async def test_a_full_backlog_refuses_and_says_when_to_come_back(broker, model):
-    await broker.submit(job(model, cost=80), 1, 1000, 100)
+    await broker.submit(job(model, cost=80), Terms(1, 1000, 100))
     with pytest.raises(QueueFull) as refused:
-        await broker.submit(job(model, cost=30), 1, 1000, 100)
+        await broker.submit(job(model, cost=30), Terms(1, 1000, 100))
     assert refused.value.retry_after_s == 5
-    await broker.announce("w", [info(model)], {model: 20.0})
+    await broker.announce("w", [info(model)], {model: (20.0, 20.0)})
     with pytest.raises(QueueFull) as refused:
-        await broker.submit(job(model, cost=30), 1, 1000, 100)
+        await broker.submit(job(model, cost=30), Terms(1, 1000, 100))
     assert refused.value.retry_after_s == 4
     assert (await broker.queue_stats(model)).ledger == {"accepted": 1}
 
 
 async def test_a_job_dearer_than_the_whole_budget_is_taken_when_nothing_waits(broker, model):
-    await broker.submit(job(model, cost=500), 1, 1000, 100)
+    await broker.submit(job(model, cost=500), Terms(1, 1000, 100))
     assert (await broker.queue_stats(model)).backlog == 500
 
 
@@ -140,7 +142,7 @@ async def test_catalogue_and_signs_of_life(broker, model):
 
 
 async def test_wait_wakes_on_a_new_entry_and_only_then(broker, model):
-    cursor = (await broker.take(model, "w", 1, 1, LONG)).cursor
+    cursor = (await broker.take(model, "w", 1, 1, LONG)).cursors
     waiting = asyncio.create_task(broker.wait(model, cursor, 10_000))
     await asyncio.sleep(0.1)
     assert not waiting.done()
@@ -153,10 +155,10 @@ async def test_wait_wakes_on_a_new_entry_and_only_then(broker, model):
 async def test_replies_arrive_in_order_and_a_quiet_stream_is_no_error(broker, model):
     gateway = f"g-{model}"
     assert await broker.replies(gateway, "0") == ([], "0")
-    await broker.notify(gateway, "a", "ok")
-    await broker.notify(gateway, "b", "failed")
+    small, large = Result("a", "ok"), Result("b", "ok", worker="w" * 5000)
+    await broker.notify([Wake((gateway,), "a", encode(small)), Wake((gateway,), "b", encode(large))])
     entries, last = await broker.replies(gateway, "0")
-    assert entries == [("a", "ok"), ("b", "failed")]
+    assert entries == [("a", small), ("b", None)]
     assert await broker.replies(gateway, last) == ([], last)
 
 
@@ -205,7 +207,7 @@ async def test_accepted_equals_outcomes_plus_what_is_left(broker, model, seed):
         match rng.choice(["submit", "submit", "take", "take", "finish", "finish", "twice", "expire"]):
             case "submit":
                 try:
-                    await broker.submit(job(model, rng.randint(1, 6), rng.randint(1, 9)), 1, 1000, 150)
+                    await broker.submit(job(model, rng.randint(1, 6), rng.randint(1, 9)), Terms(1, 1000, 150))
                 except QueueFull:
                     assert (await broker.queue_stats(model)).backlog > 150 - 10
             case "take":

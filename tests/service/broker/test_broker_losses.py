@@ -8,9 +8,9 @@ import pytest
 from redis.asyncio import Redis
 
 from service.broker import keys
-from service.broker.redis_streams import Broker
+from service.broker.redis_streams import START, Broker
 from service.errors import QueueFull, Unavailable
-from service.protocol import Failure, Result
+from service.protocol import Failure, Result, Terms
 from tests.service.broker.jobs import info, job, ok
 
 LONG = 60_000
@@ -18,7 +18,7 @@ LONG = 60_000
 
 async def put(broker, model, cost=10):
     sent = job(model, 1, cost)
-    await broker.submit(sent, 1, 30_000, 10_000)
+    await broker.submit(sent, Terms(1, 30_000, 10_000))
     return sent
 
 
@@ -48,10 +48,10 @@ async def test_a_job_that_vanished_while_it_ran_still_gets_its_result(broker, mo
     delivery = await take_one(broker, model)
     async with Redis.from_url(server_url) as redis:
         await redis.delete(keys.job(model, sent.id))
-    assert await broker.finish(model, delivery, ok(delivery), 60)
+    assert await broker.finish(model, delivery, ok(delivery), 60) is not None
     assert await broker.result(model, sent.id) == ok(delivery)
     assert await books(broker, model) == (0, 0)
-    assert not await broker.finish(model, delivery, ok(delivery, "again"), 60)
+    assert await broker.finish(model, delivery, ok(delivery, "again"), 60) is None
 
 
 async def test_a_result_finds_its_way_after_the_server_lost_everything(broker, model, server_url):
@@ -60,7 +60,7 @@ async def test_a_result_finds_its_way_after_the_server_lost_everything(broker, m
     async with Redis.from_url(server_url) as redis:
         await redis.delete(*[key async for key in redis.scan_iter(f"*{model}*")])
     assert await broker.heartbeat(model, "w", [delivery.entry]) == [delivery.entry]
-    assert await broker.finish(model, delivery, ok(delivery), 60)
+    assert await broker.finish(model, delivery, ok(delivery), 60) is not None
     assert await broker.result(model, delivery.job.id) == ok(delivery)
     stats = await broker.queue_stats(model)
     assert (stats.jobs, stats.backlog, stats.ledger) == (0, 0, {})
@@ -73,9 +73,9 @@ async def test_a_failure_of_a_worker_that_lost_its_lease_is_not_heard(broker, mo
     await asyncio.sleep(0.02)
     fresh = await take_one(broker, model, "v", lease_ms=10)
     bad = Result(sent.id, outcome, failure=Failure("job_failed", "it broke"))
-    assert not await broker.finish(model, stale, bad, 60)
+    assert await broker.finish(model, stale, bad, 60) is None
     assert await broker.heartbeat(model, "v", [fresh.entry]) == []
-    assert await broker.finish(model, fresh, ok(fresh), 60)
+    assert await broker.finish(model, fresh, ok(fresh), 60) is not None
     assert (await broker.result(model, sent.id)).outcome == "ok"
     assert (await broker.queue_stats(model)).ledger == {"accepted": 1, "ok": 1}
 
@@ -90,13 +90,13 @@ async def test_a_job_that_cannot_be_read_fails_and_the_next_is_taken(broker, mod
 
 
 async def test_dead_workers_drain_nothing(broker, model, server_url):
-    await broker.announce("alive", [info(model)], {model: 20.0})
-    await broker.announce("dead", [info(model)], {model: 2000.0})
+    await broker.announce("alive", [info(model)], {model: (20.0, 20.0)})
+    await broker.announce("dead", [info(model)], {model: (2000.0, 2000.0)})
     async with Redis.from_url(server_url) as redis:
         await redis.zadd(keys.workers(model), {"dead": 1})
     await put(broker, model, cost=80)
     with pytest.raises(QueueFull) as refused:
-        await broker.submit(job(model, cost=30), 1, 1000, 100)
+        await broker.submit(job(model, cost=30), Terms(1, 1000, 100))
     assert refused.value.retry_after_s == 4
 
 
@@ -124,7 +124,7 @@ async def test_an_error_of_ours_is_not_taken_for_an_outage(broker, model, server
 
 async def test_waiting_no_time_returns(broker, model):
     async with asyncio.timeout(3):
-        await broker.wait(model, "0-0", 0)
+        await broker.wait(model, START, 0)
 
 
 async def test_blocking_reads_outlive_a_timeout_in_the_url(server_url):

@@ -13,6 +13,7 @@ import pytest
 from service.broker.embedded import Embedded
 from service.broker.redis_streams import Broker
 from service.errors import Unavailable
+from service.protocol import Terms
 from tests.service.broker.jobs import job
 from tests.support import wait_for
 
@@ -38,7 +39,7 @@ async def test_queued_jobs_survive_sigkill(server):
     broker = Broker(server.url)
     await broker.ensure("m")
     sent = job("m")
-    await broker.submit(sent, 1, 30_000, 1000)
+    await broker.submit(sent, Terms(1, 30_000, 1000))
     os.kill(server.pid, signal.SIGKILL)
     wait_for("the server to die", lambda: not server.alive())
     with pytest.raises(Unavailable):
@@ -51,7 +52,7 @@ async def test_queued_jobs_survive_sigkill(server):
 
 async def test_jobs_survive_an_orderly_restart(server):
     broker = Broker(server.url)
-    await broker.submit(job("m"), 1, 30_000, 1000)
+    await broker.submit(job("m"), Terms(1, 30_000, 1000))
     server.stop()
     server.start()
     assert (await broker.queue_stats("m")).jobs == 1

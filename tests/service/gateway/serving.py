@@ -158,11 +158,11 @@ class Worker:
         for delivery in taken.deliveries:
             self.seen.append(delivery.job)
             if result := self._answer(delivery):
-                await self._broker.finish(model, delivery, result, 60)
-                if self._notify:
-                    await self._broker.notify(delivery.job.reply_to, result.id, result.outcome)
+                wake = await self._broker.finish(model, delivery, result, 60)
+                if self._notify and wake:
+                    await self._broker.notify([wake])
         if not taken.deliveries:
-            await self._broker.wait(model, taken.cursor, 50)
+            await self._broker.wait(model, taken.cursors, 50)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from service.broker.embedded import Embedded
 from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.metrics import WorkerMetrics
-from service.protocol import Job, Result
+from service.protocol import Job, Result, Terms
 from service.worker.engine import Engine
 from service.worker.io import WorkerIO
 from service.worker.lane import Lane
@@ -77,7 +77,7 @@ async def until(what: str, look: Callable[[], Any]) -> Any:
 
 
 async def submit(broker: Broker, job: Job, budget_ms: int = 60_000) -> Job:
-    await broker.submit(job, job.work.rows, budget_ms, 10**9)
+    await broker.submit(job, Terms(job.work.rows, budget_ms, 10**9))
     return job
 
 

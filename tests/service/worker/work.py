@@ -26,13 +26,13 @@ def draw(
         gear="full",
         format=format,
     )
-    return GenerateJob(id=uuid4().hex, reply_to=GATEWAY, cost=rows * steps * 4, work=work)
+    return GenerateJob(id=uuid4().hex, cost=rows * steps * 4, work=work)
 
 
 def judge(images: tuple[bytes, ...] = (b"\1",), model: str = "judge") -> ClassifyJob:
     """A job that classifies one-byte images."""
     work = ClassifyWork(model=model, images=images, method="single", top_k=1)
-    return ClassifyJob(id=uuid4().hex, reply_to=GATEWAY, cost=len(images), work=work)
+    return ClassifyJob(id=uuid4().hex, cost=len(images), work=work)
 
 
 def delivery(job: Job, budget_ms: int = 60_000, waited_ms: int = 0, deliveries: int = 1) -> Delivery:

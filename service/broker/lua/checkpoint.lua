@@ -1,0 +1,15 @@
+-- Keep the states of running rows, for the current attempt only; and tell followers how far it is.
+-- ARGV id attempt ttl_s done of progress preview index state ...
+-- Returns 1, or 0 when the job is another's by now, or over.
+local id, attempt, ttl, done, of, progress, preview = unpack(ARGV, 1, 7)
+local job = P .. 'job:' .. id
+local found = redis.call('HMGET', job, 'attempt', 'state')
+if found[1] ~= attempt or found[2] ~= 'running' then return 0 end
+redis.call('HSET', job, 'done', done, 'of', of)
+if #ARGV > 7 then
+  redis.call('HSET', P .. 'ck:' .. id, unpack(ARGV, 8))
+  redis.call('EXPIRE', P .. 'ck:' .. id, ttl)
+end
+if progress ~= '' then tell(id, 'progress', progress) end
+if preview ~= '' then tell(id, 'preview', preview) end
+return 1
