@@ -12,6 +12,9 @@ from types import FrameType
 
 import typer
 
+from service.dlq import app as dlq_app
+from service.keys_cli import app as keys_app
+
 app = typer.Typer(
     name="offramp",
     help="Inference that knows when to stop: early-exit diffusion and ensemble-quality classification.",
@@ -19,6 +22,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(keys_app, name="keys")
+app.add_typer(dlq_app, name="dlq")
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 

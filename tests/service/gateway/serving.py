@@ -158,9 +158,9 @@ class Worker:
         for delivery in taken.deliveries:
             self.seen.append(delivery.job)
             if result := self._answer(delivery):
-                gateways = await self._broker.finish(model, delivery, result, 60)
-                if self._notify and gateways:
-                    await self._broker.notify(gateways, result.id, result.outcome)
+                wake = await self._broker.finish(model, delivery, result, 60)
+                if self._notify and wake:
+                    await self._broker.notify([wake])
         if not taken.deliveries:
             await self._broker.wait(model, taken.cursors, 50)
 

@@ -12,7 +12,7 @@ from tests.service.worker.work import delivery, draw
 def admit_all(scheduler: Scheduler, now_ms: float, evaluations: int = 1) -> list[tuple[str, tuple[int, ...]]]:
     plan = scheduler.schedule(now_ms)
     for admission in plan.admissions:
-        scheduler.admitted(admission, [evaluations] * len(admission.slots))
+        scheduler.admitted(admission.job, admission.slots, [evaluations] * len(admission.slots))
     return [(admission.job.attempt, admission.indices) for admission in plan.admissions]
 
 
@@ -70,7 +70,9 @@ def test_every_job_leaves_exactly_once_and_no_slot_is_shared(
             for slot, index in zip(admission.slots, admission.indices, strict=True):
                 assert slot not in held
                 held[slot] = (admission.job.attempt, index)
-            scheduler.admitted(admission, [evaluations[admission.job.attempt]] * len(admission.slots))
+            scheduler.admitted(
+                admission.job, admission.slots, [evaluations[admission.job.attempt]] * len(admission.slots)
+            )
         assert set(held) <= set(range(capacity))
         assert scheduler.busy_slots == len(held)
         batch = scheduler.batch()
@@ -113,7 +115,7 @@ def test_job_larger_than_the_pool_enters_as_slots_free() -> None:
     scheduler.add(job, 0)
     entered = []
     for _ in range(3):
-        assert scheduler.jobs == 1
+        assert len(scheduler.jobs) == 1
         entered += [indices for _, indices in admit_all(scheduler, 0)]
         done = finish_all(scheduler)
     assert entered == [(0, 1), (2, 3), (4,)]
