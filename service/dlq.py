@@ -51,7 +51,12 @@ def show(job: Annotated[str, typer.Argument(metavar="ID", help="Id of the dead j
         return await _chosen(broker, model, job, False)
 
     [(name, letter)] = _run(work)
-    said = {"id": letter.id, "model": name, "died": _stamp(letter.dead_ms), "submitted": _stamp(letter.submitted_ms)}
+    said: dict[str, object] = {
+        "id": letter.id,
+        "model": name,
+        "died": _stamp(letter.dead_ms),
+        "submitted": _stamp(letter.submitted_ms),
+    }
     said |= {"priority": letter.rank, "owner": letter.owner or "-", "rows": letter.rows, "cost": letter.cost}
     said |= {"attempts": letter.attempts, "worker": letter.worker or "-", "error": letter.error}
     work_asked = letter.job(letter.id).work

@@ -77,7 +77,7 @@ class Store:
     @reachable
     async def check(self) -> None:
         """Refuse a server that would lose work: too old, free to evict keys, or without a command that is needed."""
-        known = {as_bytes(one[0]).decode() for one in await self._redis.execute_command("COMMAND INFO", *NEEDED) if one}
+        known = {as_bytes(one[0]).decode() for one in await self._command("COMMAND INFO", *NEEDED) if one}
         refuse_unfit(await self._redis.info(), [name for name in NEEDED if name not in known])
 
     async def aclose(self) -> None:
