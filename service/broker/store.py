@@ -18,6 +18,7 @@ from service.broker.connection import BLOCK_MS, NEEDED, connect, reachable, refu
 Entry = tuple[bytes, dict[bytes, bytes]]
 Command = Callable[..., Awaitable[Any]]
 
+LUA = Path(__file__).parent / "lua"
 ALIVE_MS = 15_000
 
 
@@ -35,7 +36,6 @@ class Script:
         return cls(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-LUA = Path(__file__).parent / "lua"
 OF_A_MODEL = ("submit", "take", "heartbeat", "checkpoint", "finish", "release", "cancel", "status", "hooks")
 SCRIPTS = {name: Script.read(name, "common") for name in OF_A_MODEL} | {"bucket": Script.read("bucket")}
 

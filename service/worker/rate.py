@@ -76,9 +76,9 @@ class DrainRate:
         return total / busy if busy > 0 else 0.0
 
     def best_per_second(self) -> float:
-        """Cost per second at the best pace lately; 0 while nothing was measured."""
+        """Cost per second of the recent tick that did most for its time; 0 while too few were measured."""
         least = self._ms_per_cost.value()
-        return 1000 / least if least > 0 else 0.0
+        return 1000 / least if least else 0.0
 
     def pace(self) -> Pace:
         """What a tick and a unit of cost take now."""
