@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
-    consumes,
     invariant,
     multiple,
     precondition,
@@ -35,8 +34,8 @@ from service.errors import QueueFull, QuotaExceeded
 from service.protocol import ClassifyJob, Delivery, Failure, Result, Terms
 from tests.service.broker.jobs import LONG, TTL_S, job, ok
 
-EXAMPLES = int(os.environ.get("OFFRAMP_TEST_EXAMPLES", "40"))
-STEPS, MOST, MAX_BACKLOG, MAX_OWED, SOLO = 30, 4, 60, 25, 2
+EXAMPLES = int(os.environ.get("OFFRAMP_TEST_EXAMPLES", "60"))
+STEPS, MOST, MAX_BACKLOG, MAX_OWED, SOLO = 50, 4, 60, 25, 2
 CAPACITY = 4
 HISTORIES = settings(
     max_examples=EXAMPLES,
@@ -46,7 +45,7 @@ HISTORIES = settings(
     phases=(Phase.generate, Phase.shrink),
     suppress_health_check=list(HealthCheck),
 )
-workers = st.sampled_from(["w1", "w2", "w3"])
+workers = st.sampled_from(["w1", "w2"])
 
 
 @dataclass
@@ -94,11 +93,11 @@ class Protocol(RuleBasedStateMachine):
     # rules
 
     @rule(
-        rows=st.integers(1, 6),
+        rows=st.sampled_from([1, 1, 1, 2, 3, 6]),
         cost=st.integers(0, 20),
         rank=st.sampled_from(keys.RANKS),
         owner=st.sampled_from(["", "k1", "k2"]),
-        doomed=st.sampled_from([False, False, False, True]),
+        doomed=st.sampled_from([False] * 7 + [True]),
     )
     def submit(self, rows: int, cost: int, rank: Priority, owner: str, doomed: bool) -> None:
         sent = msgspec.structs.replace(job(self.model, rows, cost), id=f"{self.model}.{len(self.jobs)}")
@@ -126,9 +125,9 @@ class Protocol(RuleBasedStateMachine):
         known = self.jobs[data.draw(st.sampled_from(list(self.jobs)))]
         assert self.do(self.broker.submit(known.job, Terms(known.job.work.rows, 1, 1))).attached
 
-    @rule(target=deliveries, worker=workers, free=st.integers(0, CAPACITY), lost=st.booleans())
+    @rule(target=deliveries, worker=workers, free=st.sampled_from([CAPACITY] * 3 + [0, 1, 3]), lost=st.booleans())
     def take(self, worker: str, free: int, lost: bool) -> Any:
-        """`lost`: every lease has run out, whoever held it."""
+        """`lost`: every lease has run out, whoever held it. A worker that dies is one that is not heard of again."""
         taken = self.do(self.broker.take(self.model, worker, free, CAPACITY, 0 if lost else LONG, MOST, TTL_S))
         for wake, outcome in taken.ended:
             known = self.jobs[wake.id]
@@ -196,10 +195,6 @@ class Protocol(RuleBasedStateMachine):
                 known.result, known.finished_by = result, delivery.attempt
         else:
             assert won == (delivery.attempt == known.finished_by)
-
-    @rule(held=consumes(deliveries))
-    def die(self, held: tuple[str, Delivery]) -> None:
-        """The worker forgets it and is heard of no more."""
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data())
