@@ -12,6 +12,7 @@ from types import FrameType
 
 import typer
 
+from service.dlq import app as dlq_app
 from service.keys_cli import app as keys_app
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys_app, name="keys")
+app.add_typer(dlq_app, name="dlq")
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 

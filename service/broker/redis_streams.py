@@ -177,7 +177,7 @@ class Broker(Hooks):
             if "NOGROUP" not in str(error):
                 raise
             await self.ensure(model)
-            return Taken([])
+            full, cursors, rows, ended = await self._run("take", model, *args)
         deliveries = [delivery for row in rows if (delivery := await self._open(model, row))]
         over = [
             (Wake(tuple(gateways.decode().split()), name.decode()), outcome.decode())
