@@ -28,7 +28,7 @@ class Replies:
 
     def __init__(self, broker: Broker, gateway: str, poll_s: float = POLL_S) -> None:
         self._broker, self._gateway, self._poll_s = broker, gateway, poll_s
-        self._waiting: dict[str, asyncio.Event] = {}
+        self._waiting: dict[str, set[asyncio.Event]] = {}
         self._reader: asyncio.Task[None] | None = None
         self._stopping = False
 
@@ -47,11 +47,14 @@ class Replies:
     @contextmanager
     def expect(self, job_id: str) -> Iterator[asyncio.Event]:
         """Register a job *before* it is submitted; the event is set when there is reason to look."""
-        event = self._waiting[job_id] = asyncio.Event()
+        event = asyncio.Event()
+        self._waiting.setdefault(job_id, set()).add(event)
         try:
             yield event
         finally:
-            del self._waiting[job_id]
+            self._waiting[job_id].remove(event)
+            if not self._waiting[job_id]:
+                del self._waiting[job_id]
 
     async def result(self, event: asyncio.Event, model: str, job_id: str, budget_s: float) -> Result:
         """The job's result; DeadlineExceeded after `budget_s` without one, whatever Redis does."""
@@ -89,5 +92,5 @@ class Replies:
 
     def _wake(self, job_ids: Iterable[str]) -> None:
         for job_id in job_ids:
-            if event := self._waiting.get(job_id):
+            for event in self._waiting.get(job_id, ()):
                 event.set()
