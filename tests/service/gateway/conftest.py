@@ -6,7 +6,7 @@ import httpx
 import pytest
 from redis.asyncio import Redis
 
-from tests.service.gateway.serving import Worker, client, echo
+from tests.service.gateway.serving import Held, Worker, client, echo
 
 
 @pytest.fixture
@@ -28,4 +28,18 @@ async def worker(redis: Redis, valkey_url: str) -> AsyncIterator[Worker]:
 async def http(worker: Worker, valkey_url: str) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a gateway whose jobs `worker` answers."""
     async with client(valkey_url, max_body_bytes=100_000, max_pixels=1_000_000) as found:
+        yield found
+
+
+@pytest.fixture
+async def held(redis: Redis, valkey_url: str) -> AsyncIterator[Held]:
+    found = Held(valkey_url)
+    async with Worker(valkey_url, found):
+        yield found
+    await found.broker.aclose()
+
+
+@pytest.fixture
+async def held_http(held: Held, valkey_url: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with client(valkey_url) as found:
         yield found

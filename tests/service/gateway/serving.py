@@ -165,6 +165,24 @@ class Worker:
             await self._broker.wait(model, taken.cursors, 50)
 
 
+class Held:
+    """A worker's answer that comes when the test says so."""
+
+    def __init__(self, url: str) -> None:
+        self.taken: asyncio.Queue[Delivery] = asyncio.Queue()
+        self.broker = Broker(url)
+
+    def __call__(self, delivery: Delivery) -> None:
+        self.taken.put_nowait(delivery)
+
+    async def finish(self, delivery: Delivery, result: Result | None = None) -> bool:
+        model = delivery.job.work.model
+        result = result or echo(delivery)
+        gateways = await self.broker.finish(model, delivery, result, 60)
+        await self.broker.notify(gateways or [], result.id, result.outcome)
+        return gateways is not None
+
+
 @contextlib.contextmanager
 def gateway(url: str, overrides: dict[Any, Any] | None = None, **settings: Any) -> Iterator[str]:
     """Base URL of a gateway on its own thread and loop; `overrides` replace its dependencies."""

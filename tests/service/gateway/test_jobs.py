@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 from base64 import b64decode
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from datetime import UTC, datetime
 from io import BytesIO
@@ -16,44 +15,12 @@ from redis.asyncio import Redis
 
 from service.broker.redis_streams import Broker
 from service.gateway.auth import Caller, caller
-from service.protocol import Delivery, Result, Terms
+from service.protocol import Terms
 from tests.service.broker.jobs import job
-from tests.service.gateway.serving import Worker, b64, client, echo, expired, failing, gateway, png, silent
+from tests.service.gateway.serving import Held, Worker, b64, client, expired, failing, gateway, png, silent
 
 ASYNC = {"Prefer": "respond-async"}
 BOOT = png(Image.new("L", (28, 28), 77))
-
-
-class Held:
-    """A worker's answer that comes when the test says so."""
-
-    def __init__(self, url: str) -> None:
-        self.taken: asyncio.Queue[Delivery] = asyncio.Queue()
-        self.broker = Broker(url)
-
-    def __call__(self, delivery: Delivery) -> None:
-        self.taken.put_nowait(delivery)
-
-    async def finish(self, delivery: Delivery, result: Result | None = None) -> bool:
-        model = delivery.job.work.model
-        result = result or echo(delivery)
-        gateways = await self.broker.finish(model, delivery, result, 60)
-        await self.broker.notify(gateways or [], result.id, result.outcome)
-        return gateways is not None
-
-
-@pytest.fixture
-async def held(redis: Redis, valkey_url: str) -> AsyncIterator[Held]:
-    found = Held(valkey_url)
-    async with Worker(valkey_url, found):
-        yield found
-    await found.broker.aclose()
-
-
-@pytest.fixture
-async def held_http(held: Held, valkey_url: str) -> AsyncIterator[httpx.AsyncClient]:
-    async with client(valkey_url) as found:
-        yield found
 
 
 async def ended(http: httpx.AsyncClient, job_id: str) -> dict[str, Any]:
