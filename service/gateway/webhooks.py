@@ -14,7 +14,6 @@ import random
 import ssl
 import time
 from base64 import b64decode, b64encode
-from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 
@@ -90,9 +89,13 @@ class Webhooks:
 
     async def _run(self) -> None:
         while not self._stopping:
-            with suppress(OfframpError, RedisError):
+            try:
                 for model in await self._catalogue.infos():
                     await self._take(model)
+            except (OfframpError, RedisError) as error:
+                log.debug("webhooks wait: %s", error)
+            except Exception:
+                log.exception("webhooks cannot be read")
             await asyncio.sleep(self._poll_s)
 
     async def _take(self, model: str) -> None:
@@ -123,7 +126,7 @@ class Webhooks:
             status = await self._post(hook, await self._body(model, hook))
         except (Refused, BadRequest) as error:
             return "refused", str(error)
-        except (OSError, TimeoutError, h11.RemoteProtocolError, UnicodeError) as error:
+        except (OSError, ValueError, h11.ProtocolError) as error:
             why = f"{type(error).__name__}: {error}"
         else:
             if 200 <= status < 300:
