@@ -51,6 +51,7 @@ BACKENDS = {
 TASKS = {
     "generate": "models.tasks.generator:load",
     "classify": "models.tasks.classify:load",
+    "drill": "models.tasks.drill:load",
 }
 COMMANDS = {
     "train": "models.training.cli:app",

@@ -147,6 +147,22 @@ class WorkerMetrics:
         self.exit_depth = ExitDepths()
         r.register(self.exit_depth)
         _build_info(r, "worker")
+        self.deadline_slack = Histogram(
+            "offramp_deadline_slack_seconds",
+            "Time to spare at admission: until the deadline, less the evaluations to come; 0 where there is none.",
+            ["model"],
+            buckets=SECONDS,
+            registry=r,
+        )
+        self.deadline_missed = Counter(
+            "offramp_deadline_missed", "Jobs late or sure to be, by where they were.", ["model", "when"], registry=r
+        )
+        self.batch_splits = Counter(
+            "offramp_batch_splits", "Batches halved after an error or lack of memory.", ["model", "reason"], registry=r
+        )
+        self.rows_restored = Counter(
+            "offramp_rows_restored", "Rows that went on from a saved state.", ["model"], registry=r
+        )
 
     def declare(self, info: ModelInfo, device: str) -> None:
         """Make the series of a model before its first request, so that rates start at zero."""
@@ -170,6 +186,11 @@ class WorkerMetrics:
                 self.decisions.labels(info.name, method, decision)
         self.redeliveries.labels(info.name)
         self.mixed.labels(info.name)
+        for when in ("waiting", "running", "hopeless"):
+            self.deadline_missed.labels(info.name, when)
+        for reason in ("error", "memory"):
+            self.batch_splits.labels(info.name, reason)
+        self.rows_restored.labels(info.name)
 
     def ticked(self, model: str, seconds: float, stats: StepStats, jobs: int) -> None:
         """Record one tick: its duration, rows, layer evaluations and exit depths."""

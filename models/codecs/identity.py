@@ -14,6 +14,8 @@ from models.codecs.interface import Codec, Shape
 class Identity(Codec):
     """Clips to the pixel range."""
 
+    free = True
+
     def image_shape(self, row_shape: Shape) -> Shape:
         """See Codec."""
         if row_shape[0] not in (1, 3):

@@ -10,7 +10,12 @@ Shape = tuple[int, int, int]
 
 
 class Codec(nn.Module, ABC):
-    """Final states of the sampler to pixels; holds weights, so it moves between devices like any module."""
+    """Final states of the sampler to pixels; holds weights, so it moves between devices like any module.
+
+    `free`: decoding runs no network, so that rows on their way may be shown too.
+    """
+
+    free: bool = False
 
     @abstractmethod
     def image_shape(self, row_shape: Shape) -> Shape:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,9 @@ FIELDS = (
 INDEX = {name: i for i, name in enumerate(FIELDS)}
 DEFAULTS = {"c_in": 1.0, "k_x": 1.0, "clip": math.inf}
 
+STATES = ("x", "s", "h1", "h2")
+READ_BY = {"s": ("k_s", "a_s"), "h1": ("k_1", "a_1"), "h2": ("k_2", "a_2")}
+
 Table = NDArray[np.float64]  # (evaluations, len(FIELDS))
 
 
@@ -39,11 +43,23 @@ class Trajectory:
         coef: coefficient rows, float64 (evaluations, len(FIELDS)); column `t` is the network's time.
         u: diffusion time in [0, 1] of each evaluation (evaluations,); exit schedules go by it.
         scale: standard deviation of the initial state.
+        estimate: weights of the states (evaluations, len(STATES)) that sum to the estimate of x0 after an evaluation.
     """
 
     coef: Table
     u: NDArray[np.float64]
     scale: float
+    estimate: NDArray[np.float64]
+
+    @cached_property
+    def reads(self) -> NDArray[np.bool_]:
+        """Which states (evaluations + 1, len(STATES)) what is left of the run reads, after so many evaluations."""
+        reads = np.zeros((len(self.u) + 1, len(STATES)), bool)
+        reads[:, 0] = True
+        for i, name in enumerate(STATES[1:], 1):
+            reads[:-1, i] = self.coef[:, [INDEX[field] for field in READ_BY[name]]].any(1)
+        reads[:-1, 2] |= reads[1:, 3]  # h1 is h2 one evaluation on
+        return reads
 
 
 def fill(rows: Sequence[Coefficients]) -> Table:
@@ -59,8 +75,13 @@ def fill(rows: Sequence[Coefficients]) -> Table:
 
 def assemble(process: Process, evaluations: Sequence[tuple[Point, Coefficients]], scale: float) -> Trajectory:
     """Where the network is evaluated, and what follows, completed by the conversion of its output."""
-    coef = fill([process.denoise(point) | row for point, row in evaluations])
-    return Trajectory(coef, np.array([point.u for point, _ in evaluations]), scale)
+    conversions = [process.denoise(point) for point, _ in evaluations]
+    coef = fill([given | row for given, (_, row) in zip(conversions, evaluations, strict=True)])
+    estimate = np.zeros((len(evaluations), len(STATES)))
+    for i, (given, (_, row)) in enumerate(zip(conversions, evaluations, strict=True)):
+        estimate[i, 1:3] = (given["c_x"], given["c_o"]) if "c_o" in row else (0.0, 1.0)  # there h1 is the bare output
+    estimate[-1] = 1.0, 0.0, 0.0, 0.0
+    return Trajectory(coef, np.array([point.u for point, _ in evaluations]), scale, estimate)
 
 
 def transfer(here: Point, there: Point) -> Coefficients:

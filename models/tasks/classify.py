@@ -8,7 +8,8 @@ first; then, in one tick, their method runs on all draws of an image, in cells o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,25 @@ class ClassifyTask:
     def step(self, slots: Sequence[int]) -> StepStats:
         """One network call for every row; rows whose calls are of one network share it. Purified rows may wait."""
         purified = [slot for slot in slots if slot in self.stage.images]
-        moved = self.stage.choose(purified)
-        for slot in self.stage.denoise(moved):
-            self.stage.images[slot].row = self._classify_draws(self.method[slot], self.stage.finish(slot))
-        over = self._step([slot for slot in slots if slot not in self.stage.images])
+        moved, others = self.stage.choose(purified), [slot for slot in slots if slot not in self.stage.images]
+        states, clean = self.stage.denoise(moved), self.stage.finish(moved)
+        answers = {slot: self._classify_draws(self.method[slot], pixels) for slot, pixels in clean.items()}
+        with self._unmoved(others):
+            over = self._step(others)
+        self.stage.keep(states, answers)
         waiting = frozenset(purified) - frozenset(moved)
         return StepStats(rows=len(slots) - len(waiting), waiting=waiting, finished=frozenset(over))
+
+    @contextmanager
+    def _unmoved(self, slots: Sequence[int]) -> Iterator[None]:
+        """Put rows back where they were when their step fails: all that a call both reads and writes."""
+        rows, at = torch.as_tensor(slots, dtype=torch.int64, device=self.device), list(slots)
+        before = self.z[rows], self.done[at], self.urgent[at]
+        try:
+            yield
+        except BaseException:
+            self.z[rows], self.done[at], self.urgent[at] = before
+            raise
 
     def _step(self, slots: Sequence[int]) -> list[int]:
         """The next call of rows that are not purified; those that need no more are returned."""
@@ -145,6 +159,20 @@ class ClassifyTask:
             call.run(self, rows, [call] * len(cells))
         [draws] = self.methods[method].answer(self, np.array(cells))
         return mean_of(draws)
+
+    def save(self, slots: Sequence[int]) -> Sequence[bytes]:
+        """Nothing: a few network calls are as cheap to begin again."""
+        return [b""] * len(slots)
+
+    def restore(
+        self, work: ClassifyWork, indices: Sequence[int], slots: Sequence[int], states: Sequence[bytes]
+    ) -> Sequence[int]:
+        """Nothing was saved: ValueError."""
+        raise ValueError(f"{self.info.name} saves no rows: admit them again")
+
+    def preview(self, slots: Sequence[int]) -> Sequence[None]:
+        """Nothing to see."""
+        return [None] * len(slots)
 
     @torch.inference_mode()
     def collect(self, slots: Sequence[int]) -> Sequence[ClassifiedRow]:

@@ -50,7 +50,11 @@ class DecodeStage:
         listed = set(slots)
         return [slot for slot in self._queue if slot in listed][:budget]
 
-    def decode(self, slots: Sequence[int], states: Tensor) -> None:
-        """Decode the states (n, C, H, W) of these slots."""
-        self.pixels[list(slots)] = to_uint8(self.codec.decode(states))
+    def decode(self, states: Tensor) -> NDArray[np.uint8]:
+        """Pixels (n, H, W, channels) of states (n, C, h, w); nothing is kept yet."""
+        return to_uint8(self.codec.decode(states))
+
+    def keep(self, slots: Sequence[int], pixels: NDArray[np.uint8]) -> None:
+        """Pixels of rows that wait no more."""
+        self.pixels[list(slots)] = pixels
         self.forget(slots)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -26,6 +27,8 @@ from models.solvers.process import Process
 from models.solvers.table import INDEX, Trajectory
 from models.tasks.decoding import DecodeStage, to_uint8
 from models.tasks.pool import Ints, RowPool
+from models.tasks.receipts import receipt
+from models.tasks.saved import Kept, pack, unpack
 
 START = -1
 
@@ -64,12 +67,41 @@ class GenerateTask:
     @torch.inference_mode()
     def admit(self, work: GenerateWork, indices: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
         """Coefficients and depths of every evaluation, and the initial noise."""
+        trajectory = self._place(work, indices, slots)
+        here = self.pool.on_device(slots)
+        keys = self.pool.on_device(self.pool.seed[list(slots)])
+        self.pool.x[here] = trajectory.scale * normal(keys, torch.full_like(keys, START), self.model.row_shape)
+        return self._left(slots)
+
+    @torch.inference_mode()
+    def restore(
+        self, work: GenerateWork, indices: Sequence[int], slots: Sequence[int], states: Sequence[bytes]
+    ) -> Sequence[int]:
+        """As `admit`, from saved states; ValueError where one is damaged, or of another row or other weights."""
+        reads = self.trajectory(work.solver, work.steps, work.solver_options).reads
+        rows = [
+            unpack(state, Kept(self.info.weights, work.seeds[i], work.labels[i]), reads, self.model.row_shape)
+            for i, state in zip(indices, states, strict=True)
+        ]
+        self._place(work, indices, slots)
+        self.pool.resume(slots, np.stack([row for row, _ in rows], 1), [ran for _, ran in rows])
+        left = self._left(slots)
+        if self.decoding:
+            self.decoding.enter([slot for slot, n in zip(slots, left, strict=True) if n == 1])
+        return left
+
+    def _left(self, slots: Sequence[int]) -> list[int]:
+        """Steps to come: evaluations, and one to decode."""
+        left = self.pool.evaluations[list(slots)] - self.pool.done[list(slots)] + (self.decoding is not None)
+        return [int(n) for n in left]
+
+    def _place(self, work: GenerateWork, indices: Sequence[int], slots: Sequence[int]) -> Trajectory:
+        """Tables of new rows; their states are not set."""
         if self.guided_channels == 0 and work.guidance != 1.0:
             raise UserError(f"{self.info.name} has no null label to guide with: leave guidance at 1", "guidance")
         trajectory = self.trajectory(work.solver, work.steps, work.solver_options)
         low, high = work.guidance_interval
         seeds = np.array([work.seeds[i] for i in indices], np.int64)
-        keys = self.pool.on_device(seeds)
         self.pool.place(
             slots,
             trajectory,
@@ -78,11 +110,10 @@ class GenerateTask:
             guidance=work.guidance,
             labels=[work.labels[i] for i in indices],
             seeds=seeds,
-            noise=normal(keys, torch.full_like(keys, START), self.model.row_shape),
         )
         if self.decoding:
             self.decoding.forget(slots)
-        return [len(trajectory.u) + (self.decoding is not None)] * len(slots)
+        return trajectory
 
     def _trajectory(self, solver: SolverName, steps: int, options: SolverOptions) -> Trajectory:
         made: Trajectory = resolve(SOLVERS, solver)(self.process, steps, options)
@@ -97,35 +128,33 @@ class GenerateTask:
         drawn = pool.done[listed] >= pool.evaluations[listed]
         drawing, ready = listed[~drawn], listed[drawn].tolist()
         chosen = self.decoding.choose(ready, len(drawing))
-        if chosen:
-            self.decoding.decode(chosen, pool.x[pool.on_device(chosen)])
+        pixels = self.decoding.decode(pool.x[pool.on_device(chosen)]) if chosen else None
+        stats = self._draw(drawing) if len(drawing) else StepStats(rows=0)
+        if pixels is not None:
+            self.decoding.keep(chosen, pixels)
         waiting = frozenset(ready) - frozenset(chosen)
-        if not len(drawing):
-            return StepStats(rows=len(chosen), decoded=len(chosen), waiting=waiting)
-        return self._draw(drawing, decoded=len(chosen), waiting=waiting)
+        return replace(stats, rows=stats.rows + len(chosen), decoded=len(chosen), waiting=waiting)
 
-    def _draw(self, slots: Ints, decoded: int = 0, waiting: frozenset[int] = frozenset()) -> StepStats:
+    def _draw(self, slots: Ints) -> StepStats:
+        """One evaluation of rows that have some to come; the pool is touched last, when nothing can fail any more."""
         pool = self.pool
         rows, at = pool.by_depth(slots)
         here, e = pool.on_device(rows), pool.on_device(at)
-        coef, x = pool.coef[here, e], pool.x[here]
+        coef = pool.coef[here, e]
+        x, s, h1, h2 = pool.states[:, here]
         o, v, ran = self._network(rows, at, x * coef[:, INDEX["c_in"], None, None, None])
-        new = update(coef, x, pool.s[here], pool.h1[here], pool.h2[here], o, self._noise(rows, at), v)
-        for state, value in zip((pool.x, pool.s, pool.h1, pool.h2), new, strict=True):
-            state[here] = value
-        pool.ran[rows, at] = ran
-        pool.done[rows] += 1
-        if self.decoding:
-            self.decoding.enter(rows[pool.done[rows] == pool.evaluations[rows]].tolist())
+        new = torch.stack(update(coef, x, s, h1, h2, o, self._noise(rows, at), v))
         copies, bins = pool.copies[rows, at], np.minimum((pool.u[rows, at] * 10).astype(int), 9)
-        return StepStats(
-            rows=len(rows) + decoded,
-            decoded=decoded,
-            waiting=waiting,
+        stats = StepStats(
+            rows=len(rows),
             layer_evals=int((ran * copies).sum()),
             layer_evals_full=int(self.model.depth * copies.sum()),
             depth_counts=Counter(zip(bins.tolist(), ran.tolist(), strict=True)),
         )
+        pool.advance(rows, at, new, ran)
+        if self.decoding:
+            self.decoding.enter(rows[pool.done[rows] == pool.evaluations[rows]].tolist())
+        return stats
 
     def _network(self, rows: Ints, at: Ints, x: Tensor) -> tuple[Tensor, Tensor | None, Ints]:
         """Guided output and learned variance (N, C, H, W) of rows sorted by depth, and the blocks that each ran.
@@ -187,6 +216,30 @@ class GenerateTask:
         return z
 
     @torch.inference_mode()
+    def save(self, slots: Sequence[int]) -> Sequence[bytes]:
+        """What rows need to go on elsewhere, and the blocks they ran; nothing before their first evaluation."""
+        pool = self.pool
+        states = pool.states[:, pool.on_device(slots)].cpu().numpy()
+        saved = []
+        for i, slot in enumerate(slots):
+            done, kept = pool.done[slot], Kept(self.info.weights, int(pool.seed[slot]), int(pool.label[slot]))
+            reads = pool.trajectories[slot].reads[done]
+            saved.append(pack(states[:, i], pool.ran[slot, :done], kept, reads) if done else b"")
+        return saved
+
+    @torch.inference_mode()
+    def preview(self, slots: Sequence[int]) -> Sequence[NDArray[np.uint8] | None]:
+        """The estimate of x0 that a row's last evaluation made (Tweedie: E[x0 | x_t]), as pixels; x at the end.
+
+        None before the first evaluation here, and for latents that take a network to decode.
+        """
+        pool, shown = self.pool, [slot for slot in slots if self.pool.moved[slot]]
+        if not shown or (self.decoding and not self.decoding.codec.free):
+            return [None] * len(slots)
+        made = dict(zip(shown, to_uint8(pool.estimates(shown)), strict=True))
+        return [made.get(slot) for slot in slots]
+
+    @torch.inference_mode()
     def collect(self, slots: Sequence[int]) -> Sequence[GeneratedRow]:
         """Finished rows as uint8 pixels (H, W, C) with what they cost."""
         pool = self.pool
@@ -209,24 +262,4 @@ class GenerateTask:
 
     def receipt(self, work: GenerateWork, rows: Sequence[GeneratedRow]) -> dict[str, object]:
         """What the answer cost, as counted by the executor."""
-        ran, whole = sum(r.layer_evals for r in rows), sum(r.layer_evals_full for r in rows)
-        exits = sorted({r.exit_depths for r in rows})
-        made: dict[str, object] = {
-            "gear": work.gear,
-            "solver": work.solver,
-            "steps": work.steps,
-            "guidance": work.guidance,
-            "overrides": list(work.overrides),
-            "depth": self.model.depth,
-            "exit_depths": list(exits[0]) if len(exits) == 1 else [list(r.exit_depths) for r in rows],
-            "layer_evals": ran,
-            "layer_evals_full": whole,
-            "compute_saved": (whole - ran) / whole,
-        }
-        if options := work.solver_options.given():
-            made["solver_options"] = options
-        if work.guidance_interval != (0.0, 1.0):
-            made["guidance_interval"] = list(work.guidance_interval)
-        if whole_macs := sum(r.macs_full for r in rows):
-            made["macs_saved"] = 1 - sum(r.macs for r in rows) / whole_macs
-        return made
+        return receipt(work, rows, self.model.depth)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.solvers.table import FIELDS, INDEX, Trajectory
+from models.solvers.table import FIELDS, INDEX, STATES, Trajectory
 
 MAX_EVALUATIONS = 2 * 1000 - 1
 
@@ -21,7 +21,8 @@ class RowPool:
 
     def __init__(self, capacity: int, row_shape: tuple[int, ...], device: torch.device) -> None:
         self.device, self.row_shape = device, row_shape
-        self.x, self.s, self.h1, self.h2 = (torch.zeros(capacity, *row_shape, device=device) for _ in range(4))
+        self.states = torch.zeros(len(STATES), capacity, *row_shape, device=device)
+        self.x = self.states[0]
         self.coef = torch.zeros(capacity, MAX_EVALUATIONS, len(FIELDS), device=device)
         table = (capacity, MAX_EVALUATIONS)
         self.t, self.u = np.zeros(table, np.float32), np.zeros(table, np.float32)
@@ -31,6 +32,8 @@ class RowPool:
         self.done, self.evaluations = np.zeros(capacity, np.int64), np.zeros(capacity, np.int64)
         self.seed, self.label = np.zeros(capacity, np.int64), np.zeros(capacity, np.int64)
         self.guidance = np.ones(capacity, np.float32)
+        self.moved = np.zeros(capacity, bool)
+        self.trajectories: dict[int, Trajectory] = {}
 
     def place(
         self,
@@ -41,13 +44,12 @@ class RowPool:
         guidance: float,
         labels: Sequence[int],
         seeds: Ints,
-        noise: Tensor,
     ) -> None:
-        """Fill slots with fresh rows of one trajectory.
+        """Fill slots with rows of one trajectory that have had no evaluation; their states are zeros.
 
         Args:
             depths, guided: (evaluations,) blocks to run, and whether an unconditional network row runs too.
-            labels, seeds: per slot; `noise` (slots, C, H, W) is the standard normal start.
+            labels, seeds: per slot.
         """
         to, here, n = list(slots), self.on_device(slots), len(trajectory.u)
         self.t[to, :n] = trajectory.coef[:, INDEX["t"]]
@@ -55,12 +57,30 @@ class RowPool:
         self.depth[to, :n] = depths
         self.copies[to, :n] = np.where(guided, 2, 1)
         self.noisy[to, :n] = trajectory.coef[:, INDEX["a_n"]] > 0
-        self.done[to], self.evaluations[to] = 0, n
+        self.done[to], self.evaluations[to], self.moved[to] = 0, n, False
+        self.trajectories |= dict.fromkeys(slots, trajectory)
         self.seed[to], self.label[to], self.guidance[to] = seeds, labels, guidance
         self.coef[here, :n] = torch.as_tensor(trajectory.coef, dtype=torch.float32, device=self.device)
-        self.x[here] = trajectory.scale * noise
-        for history in (self.s, self.h1, self.h2):
-            history[here] = 0.0
+        self.states[:, here] = 0.0
+
+    def resume(self, slots: Sequence[int], states: NDArray[np.float32], ran: Sequence[NDArray[np.int16]]) -> None:
+        """Put placed rows where others were: states (len(STATES), slots, C, H, W), blocks run at each evaluation."""
+        self.states[:, self.on_device(slots)] = torch.as_tensor(states, device=self.device)
+        for slot, depths in zip(slots, ran, strict=True):
+            self.ran[slot, : len(depths)], self.done[slot] = depths, len(depths)
+
+    def advance(self, rows: Ints, at: Ints, states: Tensor, ran: Ints) -> None:
+        """Commit evaluation `at` (N,) of rows: states (len(STATES), N, C, H, W), blocks run."""
+        self.states[:, self.on_device(rows)] = states
+        self.ran[rows, at] = ran
+        self.done[rows] += 1
+        self.moved[rows] = True
+
+    def estimates(self, slots: Sequence[int]) -> Tensor:
+        """What the last evaluation of each row says of x0 (N, C, H, W), of rows that moved here."""
+        weights = np.stack([self.trajectories[slot].estimate[self.done[slot] - 1] for slot in slots], 1)
+        scale = torch.as_tensor(weights, dtype=torch.float32, device=self.device)[:, :, None, None, None]
+        return (scale * self.states[:, self.on_device(slots)]).sum(0)
 
     def by_depth(self, slots: Ints) -> tuple[Ints, Ints]:
         """Slots ordered by the depth of their next evaluation, deepest first, and that evaluation."""

@@ -130,21 +130,28 @@ class PurifyStage:
             chosen.append(slot)
         return chosen
 
-    def denoise(self, slots: Sequence[int]) -> list[int]:
-        """One call of the denoiser for these rows, but for those that have made all of theirs: these are returned."""
-        if not slots:
-            return []
+    def denoise(self, slots: Sequence[int]) -> dict[int, Tensor]:
+        """One call of the denoiser for those of these rows that have some to come: their states, not kept yet."""
+        if not (noisy := {slot: self.images[slot] for slot in slots if not self._clean(slot)}):
+            return {}
         assert self.purifier is not None
-        calls = self.purifier.calls
-        clean = [slot for slot in slots if self.images[slot].done == calls]
-        if noisy := [self.images[slot] for slot in slots if self.images[slot].done < calls]:
-            states = torch.cat([image.states for image in noisy])[:, None]
-            moved = self.purifier.step(states, [image.done for image in noisy for _ in image.states])[:, 0]
-            for image, part in zip(noisy, moved.split([len(image.states) for image in noisy]), strict=True):
-                image.states, image.done = part, image.done + 1
-        return clean
+        states = torch.cat([image.states for image in noisy.values()])[:, None]
+        moved = self.purifier.step(states, [image.done for image in noisy.values() for _ in image.states])[:, 0]
+        parts = moved.split([len(image.states) for image in noisy.values()])
+        return dict(zip(noisy, parts, strict=True))
 
-    def finish(self, slot: int) -> Tensor:
-        """Purified pixels (draws, C, H, W) in [0, 1] of a row that has made its calls."""
-        assert self.purifier is not None
-        return self.purifier.finish(self.images[slot].states)
+    def finish(self, slots: Sequence[int]) -> dict[int, Tensor]:
+        """Purified pixels (draws, C, H, W) in [0, 1] of those of these rows that have made all their calls."""
+        clean = [slot for slot in slots if self._clean(slot)]
+        return {slot: self.purifier.finish(self.images[slot].states) for slot in clean if self.purifier}
+
+    def keep(self, states: Mapping[int, Tensor], answers: Mapping[int, ClassifiedRow]) -> None:
+        """Commit what a tick made: states after one more call, answers."""
+        for slot, moved in states.items():
+            image = self.images[slot]
+            image.states, image.done = moved, image.done + 1
+        for slot, row in answers.items():
+            self.images[slot].row = row
+
+    def _clean(self, slot: int) -> bool:
+        return self.purifier is not None and self.images[slot].done == self.purifier.calls

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.broker import keys
 from service.broker.connection import BLOCK_MS, reachable
 from service.broker.store import ALIVE_MS, Store, as_bytes, entries
 from service.errors import IdempotencyConflict, RateLimited
-from service.protocol import Outcome, Result, decode
+from service.protocol import Result, decode
 
 KEPT = 10_000  # entries of a stream of wake-ups
 KEPT_S = 600
+INLINE = 4096  # bytes of a result that travel with its wake-up
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,21 @@ class Event:
     data: bytes
 
 
+@dataclass(frozen=True)
+class Wake:
+    """A job that ended, the gateways that wait for it, and its encoded result."""
+
+    gateways: tuple[str, ...]
+    id: str
+    result: bytes = b""
+
+
 class Jobs(Store):
     """Any gateway's questions about any job."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._expiring: dict[str, float] = {}
 
     @reachable
     async def result(self, model: str, job_id: str) -> Result | None:
@@ -92,7 +108,7 @@ class Jobs(Store):
                 pipe.xadd(keys.control(worker), {"entry": handle, "model": model}, maxlen=KEPT)
                 pipe.expire(keys.control(worker), KEPT_S)
                 await pipe.execute()
-        await self.notify(gateways.split(), job_id, "cancelled")
+        await self.notify([Wake(tuple(gateways.split()), job_id)])
         return True
 
     @reachable
@@ -106,15 +122,20 @@ class Jobs(Store):
         ]
 
     @reachable
-    async def notify(self, gateways: list[str], job_id: str, status: Outcome) -> None:
-        """Wake the gateways that wait for a job."""
-        if not gateways:
+    async def notify(self, wakes: Sequence[Wake]) -> None:
+        """Wake the gateways that wait for jobs. Streams that nobody reads any more expire."""
+        now, told = time.monotonic(), [wake for wake in wakes if wake.gateways]
+        if not told:
             return
         async with self._redis.pipeline(transaction=False) as pipe:
-            for gateway in gateways:
-                stream = keys.reply(gateway)
-                pipe.xadd(stream, {"id": job_id, "status": status}, maxlen=KEPT, approximate=True)
-                pipe.expire(stream, KEPT_S)
+            for wake in told:
+                inline = wake.result if len(wake.result) <= INLINE else b""
+                for gateway in wake.gateways:
+                    key = keys.reply(gateway)
+                    pipe.execute_command("XADD", key, "MAXLEN", "~", KEPT, "*", "id", wake.id, "result", inline)
+                    if now - self._expiring.get(gateway, -KEPT_S) > KEPT_S / 4:
+                        self._expiring[gateway] = now
+                        pipe.expire(key, KEPT_S)
             await pipe.execute()
 
     @reachable
@@ -137,7 +158,7 @@ class Jobs(Store):
     @reachable
     async def allow(self, owner: str, rate_per_s: float, burst: int) -> None:
         """Take a token from the owner's bucket of `burst` tokens, filled at `rate_per_s`; RateLimited when empty."""
-        wait_ms = await self._scripts["bucket"](keys=[keys.bucket(owner)], args=[rate_per_s, burst])
+        wait_ms = await self._script("bucket", keys.bucket(owner), rate_per_s, burst)
         if wait_ms:
             seconds = -(-int(wait_ms) // 1000)
             raise RateLimited(f"more than {rate_per_s:g} requests a second", retry_after_s=seconds)

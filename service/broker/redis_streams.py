@@ -19,9 +19,10 @@ from models.api import ModelInfo
 from service.broker import keys
 from service.broker.connection import BLOCK_MS, reachable
 from service.broker.hooks import Hooks
-from service.broker.store import ALIVE_MS, as_bytes, entries
+from service.broker.jobs import Wake
+from service.broker.store import ALIVE_MS, SCRIPTS, as_bytes
 from service.errors import DeadlineExceeded, JobFailed, NoWorker, OfframpError, QueueFull, QuotaExceeded
-from service.protocol import Delivery, Failure, Job, Outcome, Result, Terms, decode_info, decode_job, encode
+from service.protocol import Delivery, Failure, Job, Outcome, Result, Terms, decode, decode_info, decode_job, encode
 
 ADVERTISED_MS = 60_000
 UNREADABLE_TTL_S = 600
@@ -39,22 +40,16 @@ class Submitted:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A job that ended at a take, and the gateways that wait for it."""
-
-    id: str
-    outcome: Outcome
-    gateways: list[str]
-
-
-@dataclass(frozen=True)
 class Taken:
-    """What a worker got; `full` when the next job did not fit; `cursors` are where `wait` goes on, one a rank."""
+    """What a worker got; `full` when the next job did not fit; `cursors` are where `wait` goes on, one a rank.
+
+    `ended`: jobs that ended instead, with their outcomes.
+    """
 
     deliveries: list[Delivery]
     full: bool = False
     cursors: Sequence[str] = START
-    ended: Sequence[Ended] = ()
+    ended: Sequence[tuple[Wake, Outcome]] = ()
 
 
 @dataclass(frozen=True)
@@ -113,10 +108,13 @@ class Broker(Hooks):
         return 5 if rate <= 0 else max(1, min(60, math.ceil(backlog / rate)))
 
     @reachable
-    async def replies(self, gateway: str, after: str) -> tuple[list[tuple[str, str]], str]:
-        """Wake-ups (job id, status) past `after`, waiting up to a second; and the last id seen."""
-        found = entries(await self._redis.xread({keys.reply(gateway): after}, count=500, block=BLOCK_MS))
-        wakes = [(fields[b"id"].decode(), fields[b"status"].decode()) for _, fields in found]
+    async def replies(self, gateway: str, after: str) -> tuple[list[tuple[str, Result | None]], str]:
+        """Jobs that ended past `after`, with results that are small, waiting up to a second; and the last id seen."""
+        found = await self._read("replies", BLOCK_MS, 500, {keys.reply(gateway): after})
+        wakes = [
+            (fields[b"id"].decode(), decode(Result, raw) if (raw := as_bytes(fields[b"result"])) else None)
+            for _, fields in found
+        ]
         return wakes, found[-1][0].decode() if found else after
 
     @reachable
@@ -182,12 +180,15 @@ class Broker(Hooks):
         try:
             full, cursors, rows, ended = await self._run("take", model, *args)
         except ResponseError as error:
-            if "NOGROUP" not in str(error) and "no such key" not in str(error):
+            if "NOGROUP" not in str(error):
                 raise
             await self.ensure(model)
             return Taken([])
         deliveries = [delivery for row in rows if (delivery := await self._open(model, row))]
-        over = [Ended(name.decode(), outcome.decode(), gateways.decode().split()) for name, outcome, gateways in ended]
+        over = [
+            (Wake(tuple(gateways.decode().split()), name.decode()), outcome.decode())
+            for name, outcome, gateways in ended
+        ]
         return Taken(deliveries, bool(full), [cursor.decode() for cursor in cursors], over)
 
     async def _open(self, model: str, row: Sequence[Any]) -> Delivery | None:
@@ -218,7 +219,7 @@ class Broker(Hooks):
     async def wait(self, model: str, cursors: Sequence[str], timeout_ms: int) -> None:
         """Return when a rank has an entry past its cursor or after `timeout_ms`, a second at most; claims nothing."""
         streams = {keys.queue(model, rank): cursor for rank, cursor in zip(keys.RANKS, cursors, strict=True)}
-        await self._redis.xread(streams, count=1, block=max(1, min(timeout_ms, BLOCK_MS)))  # type: ignore[arg-type]
+        await self._read(model, timeout_ms, 1, streams)
 
     @reachable
     async def heartbeat(self, model: str, worker: str, handles: Sequence[str]) -> list[str]:
@@ -228,18 +229,36 @@ class Broker(Hooks):
         return [entry.decode() for entry in await self._run("heartbeat", model, worker, *handles)]
 
     @reachable
-    async def finish(self, model: str, delivery: Delivery, result: Result, ttl_s: int) -> list[str] | None:
-        """Write the result and close the entry; returns the gateways to wake.
+    async def finish(self, model: str, delivery: Delivery, result: Result, ttl_s: int) -> Wake | None:
+        """Write the result and close the entry; returns whom to wake.
 
         None when another result was written before, or when a failure comes from a worker that lost the job to
         another, which goes on with it.
         """
         return await self._close(model, delivery.entry, delivery.attempt, result, ttl_s)
 
-    async def _close(self, model: str, handle: str, attempt: str, result: Result, ttl_s: int) -> list[str] | None:
-        args = (result.id, handle, result.outcome, encode(result), ttl_s, attempt)
-        won, gateways = await self._run("finish", model, *args)
-        return gateways.decode().split() if won else None
+    @reachable
+    async def finish_all(self, model: str, over: Sequence[tuple[Delivery, Result]], ttl_s: int) -> list[Wake | None]:
+        """`finish` for several jobs in one round trip."""
+        if len(over) == 1:
+            return [await self.finish(model, *over[0], ttl_s)]
+        raw = [encode(result) for _, result in over]
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for (delivery, result), data in zip(over, raw, strict=True):
+                args = (result.id, delivery.entry, result.outcome, data, ttl_s, delivery.attempt)
+                pipe.execute_command("EVALSHA", SCRIPTS["finish"].sha, 1, keys.prefix(model), *args)
+            answers = await pipe.execute(raise_on_error=False)
+        return [
+            await self.finish(model, delivery, result, ttl_s)
+            if isinstance(answer, Exception)
+            else _wake(answer, result.id, data)
+            for (delivery, result), data, answer in zip(over, raw, answers, strict=True)
+        ]
+
+    async def _close(self, model: str, handle: str, attempt: str, result: Result, ttl_s: int) -> Wake | None:
+        raw = encode(result)
+        answer = await self._run("finish", model, result.id, handle, result.outcome, raw, ttl_s, attempt)
+        return _wake(answer, result.id, raw)
 
     @reachable
     async def checkpoint(
@@ -267,7 +286,7 @@ class Broker(Hooks):
     @reachable
     async def controls(self, worker: str, after: str) -> tuple[list[tuple[str, str]], str]:
         """Cancelled entries (model, handle) past `after`, waiting up to a second; and the last id seen."""
-        found = entries(await self._redis.xread({keys.control(worker): after}, count=500, block=BLOCK_MS))
+        found = await self._read("controls", BLOCK_MS, 500, {keys.control(worker): after})
         told = [(fields[b"model"].decode(), fields[b"entry"].decode()) for _, fields in found]
         return told, found[-1][0].decode() if found else after
 
@@ -296,3 +315,8 @@ class Broker(Hooks):
                 pipe.hdel(keys.rates(model), worker)
                 pipe.hdel(keys.best(model), worker)
                 await pipe.execute()
+
+
+def _wake(answer: Any, job_id: str, result: bytes) -> Wake | None:
+    won, gateways = answer
+    return Wake(tuple(gateways.decode().split()), job_id, result) if won else None

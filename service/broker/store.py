@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from redis.asyncio import Redis
+from redis.exceptions import NoScriptError
 
 from service.broker import keys
-from service.broker.connection import connect, reachable, refuse_unfit
+from service.broker.connection import BLOCK_MS, NEEDED, connect, reachable, refuse_unfit
+
+Entry = tuple[bytes, dict[bytes, bytes]]
+Command = Callable[..., Awaitable[Any]]
 
 LUA = Path(__file__).parent / "lua"
 ALIVE_MS = 15_000
+
+
+@dataclass(frozen=True)
+class Script:
+    """A Lua script and the SHA-1 that servers know it by."""
+
+    text: str
+    sha: str
+
+    @classmethod
+    def read(cls, name: str, *before: str) -> Script:
+        """lua/<name>.lua, after others that it needs."""
+        text = "".join((LUA / f"{part}.lua").read_text() for part in (*before, name))
+        return cls(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+OF_A_MODEL = ("submit", "take", "heartbeat", "checkpoint", "finish", "release", "cancel", "status", "hooks")
+SCRIPTS = {name: Script.read(name, "common") for name in OF_A_MODEL} | {"bucket": Script.read("bucket")}
 
 
 class Store:
@@ -21,24 +46,44 @@ class Store:
     def __init__(self, url: str) -> None:
         self._redis: Redis = connect(url)
         self._token = uuid4().hex[:8]
-        common = (LUA / "common.lua").read_text()
-        self._scripts = {
-            path.stem: self._redis.register_script((common if path.stem != "bucket" else "") + path.read_text())
-            for path in LUA.glob("*.lua")
-            if path.stem != "common"
-        }
+        self._command: Command = self._redis.execute_command
+        self._readers: dict[str, Redis] = {}
 
     async def _run(self, script: str, model: str, *args: str | int | bytes) -> Any:
         """One script on a model's slot."""
-        return await self._scripts[script](keys=[keys.prefix(model)], args=args)
+        return await self._script(script, keys.prefix(model), *args)
+
+    async def _script(self, script: str, key: str, *args: str | float | bytes) -> Any:
+        found = SCRIPTS[script]
+        try:
+            return await self._command("EVALSHA", found.sha, 1, key, *args)
+        except NoScriptError:
+            return await self._command("EVAL", found.text, 1, key, *args)
+
+    async def _read(self, reader: str, block_ms: int, count: int, streams: Mapping[str, str]) -> list[Entry]:
+        """Entries past the ids of `streams`, waiting up to `block_ms` (a second at most) for the first.
+
+        Each `reader` has a connection to itself and is one task's: a blocked read does not hold up the others, nor
+        does it go through the pool.
+        """
+        client = self._readers.get(reader)
+        if client is None:
+            client = self._readers[reader] = self._redis.client()
+        block = max(1, min(block_ms, BLOCK_MS))
+        command: Command = client.execute_command
+        found = await command("XREAD", "BLOCK", block, "COUNT", count, "STREAMS", *streams.keys(), *streams.values())
+        return entries(found)
 
     @reachable
     async def check(self) -> None:
-        """Refuse a server that would lose work: too old, or free to evict keys."""
-        refuse_unfit(await self._redis.info())
+        """Refuse a server that would lose work: too old, free to evict keys, or without a command that is needed."""
+        known = {as_bytes(one[0]).decode() for one in await self._command("COMMAND INFO", *NEEDED) if one}
+        refuse_unfit(await self._redis.info(), [name for name in NEEDED if name not in known])
 
     async def aclose(self) -> None:
         """Close every connection."""
+        for reader in self._readers.values():
+            await reader.aclose()
         await self._redis.aclose()
 
     async def _live(self, model: str) -> list[bytes]:
@@ -56,6 +101,6 @@ def as_bytes(value: bytes | str) -> bytes:
     return value if isinstance(value, bytes) else value.encode()
 
 
-def entries(found: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
-    """Entries of a one-stream XREAD answer; none when it timed out."""
+def entries(found: Any) -> list[Entry]:
+    """Entries of all streams of an XREAD answer; none when it timed out."""
     return [(entry, fields) for _, lines in found or [] for entry, fields in lines]

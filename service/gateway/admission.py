@@ -49,11 +49,11 @@ async def run_job(gateway: Gateway, info: ModelInfo, params: Params, work: Work,
     budget_s = gateway.settings.deadline_s if params.deadline_ms is None else params.deadline_ms / 1000
     job = await _job(gateway, info, params, work, asked)
     waiting = gateway.metrics.waiting.labels(info.task)
-    with gateway.replies.expect(job.id) as event, waiting.track_inprogress():
+    with gateway.replies.expect(job.id) as waiter, waiting.track_inprogress():
         submitted, left_s = await _queue(gateway, job, params, asked, budget_s)
         if submitted.attached:
-            event.set()
-        answer = gateway.replies.result(event, info.name, job.id, left_s + GRACE_S)
+            waiter.look.set()
+        answer = gateway.replies.result(waiter, info.name, job.id, left_s + GRACE_S)
         if asked.wait_s is not None:
             try:
                 async with asyncio.timeout(asked.wait_s):

@@ -31,7 +31,7 @@ async def follow(gateway: Gateway, job_id: str, after: str, leaving: Callable[[]
     `PAUSE_S[1]` seconds while nothing happens.
     """
     story, pause, spoke = Story(gateway, job_id, after), PAUSE_S[0], time.monotonic()
-    with gateway.replies.expect(job_id) as woken:
+    with gateway.replies.expect(job_id) as waiter:
         while not leaving():
             with suppress(Unavailable):
                 for line in await story.news():
@@ -44,8 +44,8 @@ async def follow(gateway: Gateway, job_id: str, after: str, leaving: Callable[[]
                 spoke = time.monotonic()
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause):
-                    await woken.wait()
-            woken.clear()
+                    await waiter.look.wait()
+            waiter.look.clear()
             pause = min(2 * pause, PAUSE_S[1])
 
 

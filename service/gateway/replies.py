@@ -1,7 +1,7 @@
 """Waiting for answers: one reader of the gateway's reply stream wakes the requests it names.
 
-The bytes of an answer lie under the result key; a wake-up only says when to look. Every waiter also
-looks by itself every `POLL_S`, so a lost wake-up costs delay and never an answer.
+An answer lies under the result key; a wake-up brings it along where it is small, or says when to look. Every waiter
+also looks by itself every `POLL_S`, so a lost wake-up costs delay and never an answer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 
 from redis.exceptions import RedisError
 
@@ -23,12 +24,20 @@ BACKOFF_S = (0.05, 2.0)
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
+class Waiter:
+    """A request that waits: `look` is set when there is reason to look, `result` when the wake-up brought it."""
+
+    look: asyncio.Event = field(default_factory=asyncio.Event)
+    result: Result | None = None
+
+
 class Replies:
     """Wake-ups of one gateway; `async with` runs the reader of its stream."""
 
     def __init__(self, broker: Broker, gateway: str, poll_s: float = POLL_S) -> None:
         self._broker, self._gateway, self._poll_s = broker, gateway, poll_s
-        self._waiting: dict[str, set[asyncio.Event]] = {}
+        self._waiting: dict[str, set[Waiter]] = {}
         self._reader: asyncio.Task[None] | None = None
         self._stopping = False
 
@@ -45,18 +54,18 @@ class Replies:
             await asyncio.wait([self._reader])
 
     @contextmanager
-    def expect(self, job_id: str) -> Iterator[asyncio.Event]:
-        """Register a job *before* it is submitted; the event is set when there is reason to look."""
-        event = asyncio.Event()
-        self._waiting.setdefault(job_id, set()).add(event)
+    def expect(self, job_id: str) -> Iterator[Waiter]:
+        """Register a job *before* it is submitted."""
+        waiter, waiters = Waiter(), self._waiting.setdefault(job_id, set())
+        waiters.add(waiter)
         try:
-            yield event
+            yield waiter
         finally:
-            self._waiting[job_id].remove(event)
-            if not self._waiting[job_id]:
-                del self._waiting[job_id]
+            waiters.discard(waiter)
+            if not waiters:
+                self._waiting.pop(job_id, None)
 
-    async def result(self, event: asyncio.Event, model: str, job_id: str, budget_s: float) -> Result:
+    async def result(self, waiter: Waiter, model: str, job_id: str, budget_s: float) -> Result:
         """The job's result; DeadlineExceeded after `budget_s` without one, whatever Redis does."""
         clock = asyncio.get_running_loop().time
         end = clock() + budget_s
@@ -65,8 +74,10 @@ class Replies:
                 while clock() < end:
                     with suppress(TimeoutError):
                         async with asyncio.timeout(self._poll_s):
-                            await event.wait()
-                    event.clear()
+                            await waiter.look.wait()
+                    if waiter.result is not None:
+                        return waiter.result
+                    waiter.look.clear()
                     with suppress(Unavailable, RedisError):
                         if found := await self._broker.result(model, job_id):
                             return found
@@ -87,10 +98,11 @@ class Replies:
             if pause:
                 log.info("reply stream readable again")
                 pause = 0.0
-                self._wake(self._waiting)
-            self._wake(job_id for job_id, _status in entries)
+                self._wake((job_id, None) for job_id in self._waiting)
+            self._wake(entries)
 
-    def _wake(self, job_ids: Iterable[str]) -> None:
-        for job_id in job_ids:
-            for event in self._waiting.get(job_id, ()):
-                event.set()
+    def _wake(self, over: Iterable[tuple[str, Result | None]]) -> None:
+        for job_id, result in over:
+            for waiter in self._waiting.get(job_id, ()):
+                waiter.result = result
+                waiter.look.set()

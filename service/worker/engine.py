@@ -10,43 +10,53 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from models.api import StepStats, Task, UserError
-from service.errors import BadRequest, DeadlineExceeded, JobFailed
 from service.metrics import WorkerMetrics
-from service.protocol import Delivery, Failure, Outcome
+from service.protocol import Delivery
+from service.worker.outcomes import Finished, failure_of, lateness
+from service.worker.progress import Progress, Reporter
 from service.worker.rate import DrainRate
-from service.worker.scheduler import Admission, JobRun, Plan, Scheduler
+from service.worker.scheduler import Admission, JobRun, Plan, Scheduler, evaluations_of
+from service.worker.splitting import Splitter, merged
 
-MESSAGE_LIMIT = 300
+__all__ = ["Engine", "Finished", "Progress", "Tick"]
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A job that needs nothing more from the engine: what it made, or why it did not."""
+class Tick:
+    """What a tick has to tell: jobs that are over, jobs with news, and jobs let go with their states (`suspend`)."""
 
-    delivery: Delivery
-    outcome: Outcome
-    rows: tuple[Any, ...] = ()
-    receipt: dict[str, Any] = field(default_factory=dict)
-    failure: Failure | None = None
-    queue_s: float = 0.0
-    run_s: float = 0.0
+    finished: list[Finished]
+    progress: list[Progress] = field(default_factory=list)
+    suspended: list[Progress] = field(default_factory=list)
 
 
 class Engine:
     """A Task and its Scheduler. `tick` belongs to one thread; everything else may be called from any."""
 
     def __init__(
-        self, task: Task[Any, Any], metrics: WorkerMetrics, clock: Callable[[], float] = time.monotonic
+        self,
+        task: Task[Any, Any],
+        metrics: WorkerMetrics,
+        clock: Callable[[], float] = time.monotonic,
+        checkpoint_ticks: int = 16,
+        progress_s: float = 0.5,
     ) -> None:
         self.task, self.name, self.capacity = task, task.info.name, task.capacity
         self.rate = DrainRate()
         self.ticks = 0
         self._metrics, self._clock = metrics, clock
+        self._slots = {state: metrics.slots.labels(self.name, state) for state in ("busy", "free")}
+        self._queue_wait, self._run = metrics.queue_wait.labels(self.name), metrics.run.labels(self.name)
+        self._slack = metrics.deadline_slack.labels(self.name)
         self._scheduler = Scheduler(task.capacity)
+        self._reporter = Reporter(task, self._scheduler, checkpoint_ticks, progress_s)
+        self._splitter = Splitter(task.capacity, lambda reason: metrics.batch_splits.labels(self.name, reason).inc())
         self._lock = threading.Lock()
         self._inbox: list[tuple[Delivery, float]] = []
         self._withdrawn: set[str] = set()
+        self._suspending = False
+        self._had_work_until: float | None = None
         self._publish()
 
     def offer(self, delivery: Delivery) -> None:
@@ -60,9 +70,16 @@ class Engine:
         with self._lock:
             self._withdrawn.update(attempts)
 
-    def free_rows(self) -> int:
-        """Rows that may be taken now: free slots less what the inbox holds."""
+    def suspend(self) -> None:
+        """At the next tick save every job's running rows and let all jobs go, unanswered."""
         with self._lock:
+            self._suspending = True
+
+    def free_rows(self) -> int:
+        """Rows that may be taken now: free slots less what the inbox holds; none beside a job that runs alone."""
+        with self._lock:
+            if any(delivery.solo for delivery, _ in self._inbox):
+                return 0
             return max(0, self._free - sum(d.job.work.rows for d, _ in self._inbox))
 
     def idle(self) -> bool:
@@ -70,75 +87,125 @@ class Engine:
         with self._lock:
             return self._idle
 
-    def tick(self) -> list[Finished]:
-        """Move every row by one evaluation, new rows included; returns the jobs that are over."""
-        started = self._clock()
-        self._receive()
-        plan = self._scheduler.schedule(started * 1000)
-        over = [self._expired(job, started) for job in plan.expired]
+    def tick(self) -> Tick:
+        """Move every row by one evaluation, new rows included; returns what there is to tell."""
+        started, drained = self._clock(), self._scheduler.drained
+        self.ticks += 1
+        if self._receive():
+            return Tick([], suspended=self._let_go())
+        plan = self._scheduler.schedule(started * 1000, self.rate.pace())
+        over = [self._late(job, started) for job in plan.expired]
+        over += [self._late(job, started, "hopeless") for job in plan.hopeless]
         for admission in plan.admissions:
-            over += self._admit(admission)
+            over += self._admit(admission, started * 1000)
         batch = self._scheduler.batch()
         jobs = len(self._scheduler.owners(batch))
         stats, failed = self._step(batch)
-        done, cost = self._collect()
-        over += failed + done
-        self._publish()
+        over += failed + self._collect()
+        ended = self._clock()
+        news = self._reporter.due(self.ticks, ended * 1000)
+        if batch or plan.admissions:
+            self._measure(started, ended, self._scheduler.drained - drained, stats is not None)
         if stats is None:
-            stats = _admission_stats(plan)
-            jobs = len(plan.admissions)
+            stats, jobs = _admission_stats(plan), len(plan.admissions)
         if stats.rows:
-            seconds = self._clock() - started
-            self.rate.add(cost, seconds)
-            self._metrics.ticked(self.name, seconds, stats, jobs)
-        self.ticks += 1
-        return over
+            self._metrics.ticked(self.name, ended - started, stats, jobs)
+        self._publish()
+        self._had_work_until = None if self._idle else ended
+        return Tick(over, news)
 
-    def _receive(self) -> None:
+    def _measure(self, started: float, ended: float, cost: float, moved: bool) -> None:
+        since = started if self._had_work_until is None else self._had_work_until
+        if moved:
+            self.rate.ticked(cost, ended - since, ended - started)
+        else:
+            self.rate.add(cost, ended - since)
+
+    def _let_go(self) -> list[Progress]:
+        """Every job leaves with what its rows have so far."""
+        suspended = self._reporter.everything()
+        for progress in suspended:
+            self._scheduler.drop(progress.delivery.attempt)
+        self._publish()
+        self._had_work_until = None
+        return suspended
+
+    def _receive(self) -> bool:
+        """Take in what other threads left here; whether all of it is to be suspended."""
         with self._lock:
             inbox, self._inbox = self._inbox, []
             withdrawn, self._withdrawn = self._withdrawn, set()
+            suspending, self._suspending = self._suspending, False
             for delivery, offered_ms in inbox:
-                self._scheduler.add(delivery, offered_ms)
+                self._scheduler.add(delivery, offered_ms, evaluations_of(delivery))
             for attempt in withdrawn:
                 self._scheduler.drop(attempt)
             self._free = self._scheduler.free_rows()
         for delivery, _ in inbox:
             if delivery.deliveries > 1:
                 self._metrics.redeliveries.labels(self.name).inc()
+        return suspending
 
     def _publish(self) -> None:
         with self._lock:
             self._free = self._scheduler.free_rows()
             self._idle = not self._inbox and not self._scheduler.jobs
         busy = self._scheduler.busy_slots
-        self._metrics.slots.labels(self.name, "busy").set(busy)
-        self._metrics.slots.labels(self.name, "free").set(self.capacity - busy)
+        self._slots["busy"].set(busy)
+        self._slots["free"].set(self.capacity - busy)
 
-    def _admit(self, admission: Admission) -> list[Finished]:
-        job = admission.job
+    def _admit(self, admission: Admission, now_ms: float) -> list[Finished]:
+        job, work = admission.job, admission.job.delivery.job.work
         if job.admitted_ms is not None and 0 in admission.indices:
-            self._metrics.queue_wait.labels(self.name).observe(_queue_s(job, job.admitted_ms))
+            self._queue_wait.observe(_queue_s(job, job.admitted_ms))
+            slack_s = self._scheduler.slack_ms(job, now_ms, self.rate.pace()) / 1000
+            self._slack.observe(max(0.0, slack_s))
+        rows = self._restore(job, list(zip(admission.indices, admission.slots, strict=True)))
+        failed: list[Finished] = []
+
+        def admit(rows: Sequence[tuple[int, int]]) -> None:
+            indices, slots = zip(*rows, strict=True)
+            self._scheduler.admitted(job, slots, self.task.admit(work, indices, slots))
+
+        def blame(row: tuple[int, int], error: Exception) -> None:
+            failed.extend(self._fail([job], error, "admit"))
+
+        self._splitter.run(rows, admit, blame, wanted=lambda row: not failed, reasons=("memory",))
+        return failed
+
+    def _restore(self, job: JobRun, rows: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Go on with rows whose state an earlier attempt saved; returns (image, slot) of those that begin."""
+        states = job.delivery.states
+        saved = [row for row in rows if states.get(row[0])]
+        if not saved:
+            return rows
+        indices, slots = zip(*saved, strict=True)
         try:
-            evaluations = self.task.admit(job.delivery.job.work, admission.indices, admission.slots)
-            self._scheduler.admitted(admission, evaluations)
-        except Exception as error:
-            return self._fail([job], error, "admit")
-        return []
+            left = self.task.restore(job.delivery.job.work, indices, slots, [states[index] for index in indices])
+            self._scheduler.admitted(job, slots, left)
+        except Exception:
+            log.exception("rows begin again", extra={"model": self.name, "job": _id(job), "rows": len(saved)})
+            return rows
+        self._metrics.rows_restored.labels(self.name).inc(len(saved))
+        return [row for row in rows if not states.get(row[0])]
 
     def _step(self, batch: Sequence[int]) -> tuple[StepStats | None, list[Finished]]:
-        if not batch:
-            return None, []
-        try:
-            stats = self.task.step(batch)
-        except Exception as error:
-            return None, self._fail(self._scheduler.owners(batch), error, "step")
-        self._scheduler.stepped([slot for slot in batch if slot not in stats.waiting], stats.finished)
-        return stats, []
+        """One evaluation for every row; of a batch that fails, those jobs fail whose rows fail by themselves."""
+        failed: list[Finished] = []
 
-    def _collect(self) -> tuple[list[Finished], float]:
+        def step(slots: Sequence[int]) -> StepStats:
+            stats = self.task.step(slots)
+            self._scheduler.stepped([slot for slot in slots if slot not in stats.waiting], stats.finished)
+            return stats
+
+        def blame(slot: int, error: Exception) -> None:
+            failed.extend(self._fail(self._scheduler.owners([slot]), error, "step"))
+
+        parts = self._splitter.run(batch, step, blame, wanted=self._scheduler.holds)
+        return merged(parts), failed
+
+    def _collect(self) -> list[Finished]:
         over: list[Finished] = []
-        cost = 0.0
         for slots in self._scheduler.finished().values():
             [job] = self._scheduler.owners(slots)
             try:
@@ -147,22 +214,23 @@ class Engine:
                 over += [self._completed(job) for job in complete]
             except Exception as error:
                 over += self._fail([job], error, "collect")
-            else:
-                cost += job.delivery.job.cost * len(slots) / job.delivery.job.work.rows
-        return over, cost
+        return over
 
     def _completed(self, job: JobRun) -> Finished:
         rows = tuple(job.rows())
         receipt = self.task.receipt(job.delivery.job.work, rows)
-        queue_s, run_s = self._times(job, self._clock())
-        self._metrics.run.labels(self.name).observe(run_s)
+        now = self._clock()
+        queue_s, run_s = self._times(job, now)
+        if now * 1000 > job.deadline_ms:
+            self._metrics.deadline_missed.labels(self.name, "running").inc()
+        self._run.observe(run_s)
         return Finished(job.delivery, "ok", rows=rows, receipt=receipt, queue_s=queue_s, run_s=run_s)
 
-    def _expired(self, job: JobRun, now: float) -> Finished:
+    def _late(self, job: JobRun, now: float, why: str = "") -> Finished:
         queue_s, run_s = self._times(job, now)
-        where = "while it waited" if job.admitted_ms is None else "while it ran"
-        failure = Failure(DeadlineExceeded.code, f"the deadline passed {where}", DeadlineExceeded.retryable)
-        return Finished(job.delivery, "expired", failure=failure, queue_s=queue_s, run_s=run_s)
+        why = why or ("waiting" if job.admitted_ms is None else "running")
+        self._metrics.deadline_missed.labels(self.name, why).inc()
+        return Finished(job.delivery, "expired", failure=lateness(why), queue_s=queue_s, run_s=run_s)
 
     def _fail(self, jobs: Sequence[JobRun], error: Exception, verb: str) -> list[Finished]:
         where = {"model": self.name, "verb": verb, "jobs": [_id(job) for job in jobs]}
@@ -170,7 +238,7 @@ class Engine:
             log.info("job refused", extra=where | {"reason": str(error)})
         else:
             log.exception("task failed", extra=where)
-        failure = _failure(error, verb)
+        failure = failure_of(error, verb)
         over = []
         for job in jobs:
             self._scheduler.drop(job.attempt)
@@ -191,13 +259,6 @@ def _queue_s(job: JobRun, admitted_ms: float) -> float:
 
 def _id(job: JobRun) -> str:
     return job.delivery.job.id
-
-
-def _failure(error: Exception, verb: str) -> Failure:
-    if isinstance(error, UserError):
-        return Failure(BadRequest.code, str(error), BadRequest.retryable, error.field)
-    message = f"{verb}: {type(error).__name__}: {error}"[:MESSAGE_LIMIT]
-    return Failure(JobFailed.code, message, JobFailed.retryable)
 
 
 def _admission_stats(plan: Plan) -> StepStats:

@@ -11,6 +11,7 @@ from typing import Any
 
 from service.broker.redis_streams import Broker
 from service.config import Settings
+from service.loops import new_event_loop
 from service.metrics import WorkerMetrics
 from service.worker.engine import Engine, Tick
 from service.worker.lane import Lane
@@ -40,7 +41,7 @@ class WorkerIO:
         self._url, self._worker, self._settings, self._metrics, self._wake = url, worker, settings, metrics, wake
         self._engines = engines
         self._lanes: dict[str, Lane] = {}
-        self._loop = asyncio.new_event_loop()
+        self._loop = new_event_loop()
         self._draining = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="io", daemon=True)
 
@@ -71,8 +72,8 @@ class WorkerIO:
     def _on_report(self, model: str, tick: Tick) -> None:
         lane = self._lanes[model]
         lane.ticked()
-        for done in tick.finished:
-            self._group.create_task(lane.finish(done))
+        if tick.finished:
+            self._group.create_task(lane.finish(tick.finished))
         for progress in tick.progress:
             self._group.create_task(lane.keep(progress))
         for progress in tick.suspended:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from service.broker.jobs import Wake
 from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.metrics import WorkerMetrics
-from service.protocol import Delivery, Outcome, Result
+from service.protocol import Delivery, GenerateJob, Result
 from service.worker.engine import Engine, Finished, Progress
 from service.worker.patience import AWAY, Backoff, wanted
 from service.worker.results import failed_result, record, to_result, told
@@ -63,6 +64,7 @@ class Lane:
         """Take no more. Answers that Redis does not accept within a lease are left to redelivery."""
         self._give_up_at = time.monotonic() + self._settings.lease_s
         self.draining.set()
+        self.room.set()
 
     def ticked(self) -> None:
         """The engine made a tick, so it is not stalled: look for work again if that made room."""
@@ -78,41 +80,51 @@ class Lane:
 
     async def take(self) -> None:
         """Take exactly as many rows as there are free slots, until drained."""
-        lease_ms = int(self._settings.lease_s * 1000)
         backoff = Backoff(f"taking {self.model} jobs")
         while wanted() and not self.draining.is_set():
             self.room.clear()
             free = self._free_seen = self.engine.free_rows()
             if self.stalled or not free:
-                await self._unless_draining(self.room.wait())
+                await self._for_room()
                 continue
             try:
-                if not self.ready:
-                    await self._open()
-                taken = await self._broker.take(
-                    self.model,
-                    self._worker,
-                    free,
-                    self.engine.capacity,
-                    lease_ms,
-                    self._settings.max_deliveries,
-                    self._settings.result_ttl_s,
-                )
-                for delivery in taken.deliveries:
-                    self._receive(delivery)
-                    self._free_seen = max(0, self._free_seen - delivery.job.work.rows)
-                for job in taken.ended:
-                    self._metrics.outcomes.labels(self.model, job.outcome).inc()
-                    self._spawn(self._notify(job.gateways, job.id, job.outcome))
-                if taken.full:
-                    await self._unless_draining(self.room.wait())
-                elif not taken.deliveries and not taken.ended:
-                    await self._unless_draining(self._broker.wait(self.model, taken.cursors, WAIT_MS))
+                await self._turn(free)
             except AWAY as error:
                 self.ready = False
-                await self._unless_draining(asyncio.sleep(backoff.failed(error)))
+                await asyncio.sleep(backoff.failed(error))
             else:
                 backoff.worked()
+
+    async def _turn(self, free: int) -> None:
+        """Take what fits, then wait for room or for more."""
+        if not self.ready:
+            await self._open()
+        settings = self._settings
+        taken = await self._broker.take(
+            self.model,
+            self._worker,
+            free,
+            self.engine.capacity,
+            int(settings.lease_s * 1000),
+            settings.max_deliveries,
+            settings.result_ttl_s,
+        )
+        for delivery in taken.deliveries:
+            self._receive(delivery)
+            self._free_seen = max(0, self._free_seen - delivery.job.work.rows)
+        for wake, outcome in taken.ended:
+            self._metrics.outcomes.labels(self.model, outcome).inc()
+            self._spawn(self._notify([wake]))
+        if taken.full:
+            await self._for_room()
+        elif self._free_seen:
+            await self._broker.wait(self.model, taken.cursors, WAIT_MS)
+
+    async def _for_room(self) -> None:
+        """Wait for room or the drain, a second at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(WAIT_MS / 1000):
+                await self.room.wait()
 
     async def _open(self) -> None:
         """Before the first take and after an outage: a fit server, a group, and our leases renewed before we look."""
@@ -120,18 +132,6 @@ class Lane:
         await self._broker.ensure(self.model)
         await self._renew()
         self.ready = True
-
-    async def _unless_draining(self, wait: Awaitable[Any]) -> None:
-        """Await `wait`, the drain, or a second and a half, whichever is first."""
-        waits = [asyncio.ensure_future(wait), asyncio.ensure_future(self.draining.wait())]
-        try:
-            await asyncio.wait(waits, timeout=WAIT_MS * 1.5e-3, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for one in waits:
-                one.cancel()
-            outcome, _ = await asyncio.gather(*waits, return_exceptions=True)
-        if isinstance(outcome, Exception):
-            raise outcome
 
     def _receive(self, delivery: Delivery) -> None:
         if earlier := self.hand.get(delivery.entry):
@@ -227,46 +227,54 @@ class Lane:
             log.warning("left to redelivery", extra={"model": self.model, "error": str(error)})
         self._put_down(progress.delivery)
 
-    async def finish(self, done: Finished) -> None:
-        """Encode and store an answer, put the job down, wake its gateway."""
-        held = self.hand.get(done.delivery.entry)
+    async def finish(self, over: Sequence[Finished]) -> None:
+        """Encode and store the answers of a tick, put the jobs down, wake their gateways."""
+        if any(isinstance(done.delivery.job, GenerateJob) for done in over):
+            results = await asyncio.to_thread(self._encode, over)
+        else:
+            results = self._encode(over)
+        pairs = [(done.delivery, result) for done, result in zip(over, results, strict=True)]
+        try:
+            wakes: Sequence[Wake | None] = await self._broker.finish_all(self.model, pairs, self._settings.result_ttl_s)
+        except AWAY:
+            wakes = await asyncio.gather(*(self._store(*pair) for pair in pairs))
+        for done, result, wake in zip(over, results, wakes, strict=True):
+            self._put_down(done.delivery)
+            fields = {"model": self.model, "job": result.id, "outcome": result.outcome, "run_s": result.run_s}
+            log.info("job finished" if wake else "answer not needed, or left to redelivery", extra=fields)
+            if wake:
+                record(self._metrics, self.model, result, done)
+        await self._notify([wake for wake in wakes if wake])
+
+    def _encode(self, over: Sequence[Finished]) -> list[Result]:
+        return [self._encoded(done) for done in over]
+
+    def _encoded(self, done: Finished) -> Result:
+        try:
+            return to_result(done, self._worker, self._settings.max_result_bytes)
+        except Exception as error:
+            log.exception("answer cannot be encoded", extra={"model": self.model, "job": done.delivery.job.id})
+            return failed_result(done, self._worker, f"encode: {type(error).__name__}: {error}")
+
+    async def _store(self, delivery: Delivery, result: Result) -> Wake | None:
+        """Try until the answer is not worth it any more; None where it does not count or is left to redelivery."""
+        held = self.hand.get(delivery.entry)
         useful_until = held.useful_until if held else time.monotonic() + self._settings.lease_s
         try:
-            result = await asyncio.to_thread(to_result, done, self._worker, self._settings.max_result_bytes)
-            waiting = await self._store(done, result, useful_until)
-        except Exception as error:
-            log.exception("answer cannot be written", extra={"model": self.model, "job": done.delivery.job.id})
-            result = failed_result(done, self._worker, f"encode: {type(error).__name__}: {error}")
-            waiting = await self._store(done, result, useful_until)
-        self._put_down(done.delivery)
-        if waiting is not None:
-            record(self._metrics, self.model, result, done)
-            await self._notify(waiting, result.id, result.outcome)
-
-    async def _store(self, done: Finished, result: Result, useful_until: float) -> list[str] | None:
-        """The gateways to wake; None where this answer does not count."""
-        ttl_s = self._settings.result_ttl_s
-        fields = {"model": self.model, "job": result.id, "outcome": result.outcome, "run_s": result.run_s}
-        try:
-            waiting = await self._retry(
+            return await self._retry(
                 "finishing a job",
-                lambda: self._broker.finish(self.model, done.delivery, result, ttl_s),
+                lambda: self._broker.finish(self.model, delivery, result, self._settings.result_ttl_s),
                 lambda: min(useful_until, self._give_up_at),
             )
         except AWAY:
-            log.error("answer not stored, left to redelivery", extra=fields)
             return None
-        log.info("job finished" if waiting is not None else "job was ended by another", extra=fields)
-        return waiting
 
-    async def _notify(self, gateways: list[str], job_id: str, outcome: Outcome) -> None:
+    async def _notify(self, wakes: Sequence[Wake]) -> None:
         """Wake gateways; they look by themselves every few seconds, so giving up costs delay only."""
         until = time.monotonic() + NOTIFY_S
         with suppress(*AWAY):
             await self._retry(
-                "waking a gateway",
-                lambda: self._broker.notify(gateways, job_id, outcome),
-                lambda: min(until, self._give_up_at),
+                "waking a gateway", lambda: self._broker.notify(wakes), lambda: min(until, self._give_up_at)
             )
 
     async def _retry(self, what: str, call: Callable[[], Awaitable[T]], until: Callable[[], float]) -> T:

@@ -1,12 +1,14 @@
 """What every solver owes on every process that it fits: checks for the registry and the docs' example."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from models.registry import SOLVERS, resolve
 from models.solvers.base import DATA
 from models.solvers.noise import normal
-from models.solvers.table import FIELDS, INDEX, Trajectory
+from models.solvers.table import FIELDS, INDEX
 from tests.models.solving import MEAN, PROCESSES, STD, analytic, at_time, exact_state, run, solve, start
 
 NOT_DENOISED = ("euler_maruyama",)  # its last step is one more step of the SDE
@@ -42,7 +44,7 @@ def check_end(name, process):
     m = row[INDEX["c_x"]] * x + row[INDEX["c_o"]] * o
     if process.clip is not None:
         m = m.clamp(-process.clip, process.clip)
-    last = Trajectory(row[None], trajectory.u[-1:], trajectory.scale)
+    last = replace(trajectory, coef=row[None], u=trajectory.u[-1:])
     torch.testing.assert_close(run(last, lambda _, t: o, x)[-1], m)
 
 

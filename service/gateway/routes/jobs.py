@@ -129,7 +129,7 @@ async def _settled(
 ) -> JobStatus:
     """The job once it is over or differs from what is `known` of it, or after `wait_s`, or when nobody listens."""
     end = time.monotonic() + wait_s
-    with gateway.replies.expect(job_id) as woken:
+    with gateway.replies.expect(job_id) as waiter:
         while True:
             status = await _mine(gateway, who, job_id)
             left = end - time.monotonic()
@@ -139,8 +139,8 @@ async def _settled(
                 return status
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(left, POLL_S)):
-                    await woken.wait()
-            woken.clear()
+                    await waiter.look.wait()
+            waiter.look.clear()
 
 
 async def _view(request: Request, gateway: Gateway, status: JobStatus) -> JobView:

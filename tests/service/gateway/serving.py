@@ -158,9 +158,9 @@ class Worker:
         for delivery in taken.deliveries:
             self.seen.append(delivery.job)
             if result := self._answer(delivery):
-                gateways = await self._broker.finish(model, delivery, result, 60)
-                if self._notify and gateways:
-                    await self._broker.notify(gateways, result.id, result.outcome)
+                wake = await self._broker.finish(model, delivery, result, 60)
+                if self._notify and wake:
+                    await self._broker.notify([wake])
         if not taken.deliveries:
             await self._broker.wait(model, taken.cursors, 50)
 
@@ -176,11 +176,10 @@ class Held:
         self.taken.put_nowait(delivery)
 
     async def finish(self, delivery: Delivery, result: Result | None = None) -> bool:
-        model = delivery.job.work.model
-        result = result or echo(delivery)
-        gateways = await self.broker.finish(model, delivery, result, 60)
-        await self.broker.notify(gateways or [], result.id, result.outcome)
-        return gateways is not None
+        wake = await self.broker.finish(delivery.job.work.model, delivery, result or echo(delivery), 60)
+        if wake:
+            await self.broker.notify([wake])
+        return wake is not None
 
 
 @contextlib.contextmanager

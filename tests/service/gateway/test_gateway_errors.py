@@ -224,8 +224,7 @@ async def test_a_full_queue_is_429_with_retry_after(redis: Redis, valkey_url: st
         body = problem(refused, 429, "queue_full")
         assert int(refused.headers["Retry-After"]) == body["retry_after_s"] >= 1
         result = echo(held[0])
-        gateways = await broker.finish("drawer", held[0], result, 60)
-        await broker.notify(gateways, result.id, result.outcome)
+        await broker.notify([await broker.finish("drawer", held[0], result, 60)])
         assert (await first).status_code == 200
         assert (await http.post("/generate", json={})).status_code == 200
     await broker.aclose()

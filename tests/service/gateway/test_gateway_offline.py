@@ -93,8 +93,7 @@ async def test_a_waiting_request_outlives_a_restart_of_the_server(tmp_path: Path
             server.stop()
             assert (await http.post("/generate", json={})).status_code == 503
             server.start()
-            gateways = await broker.finish("drawer", delivery, echo(delivery), 60)
-            await broker.notify(gateways, delivery.job.id, "ok")
+            await broker.notify([await broker.finish("drawer", delivery, echo(delivery), 60)])
             answer = await waiting
             assert answer.json()["images"][0]["seed"] == 7
             assert (await http.get("/readyz")).status_code == 200

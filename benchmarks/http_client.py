@@ -1,0 +1,153 @@
+"""A cheap HTTP/1.1 load client, a process of its own: a plan (JSON) on stdin, what it saw (JSON) on stdout.
+
+    {"port": 8000, "requests": ["POST /...", ...], "connections": 16, "seconds": 5.0, "warmup_s": 1.0}
+    {"port": 8000, "requests": [...], "rate": 200.0, "seconds": 20.0, "seed": 0}
+
+With `connections` each of them sends its next request when it has its answer (closed loop). With `rate` requests are
+sent at the times of a Poisson process, whatever became of earlier ones, over as many connections as that takes (open
+loop); their latency counts from the time they were due. Keep-alive; answers must carry a Content-Length.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+HEAD_END, LENGTH = b"\r\n\r\n", b"content-length:"
+Seen = tuple[float, float, int]  # due (seconds from the start), latency (seconds), HTTP status (0: connection lost)
+clock = time.perf_counter
+
+
+class Connection(asyncio.Protocol):
+    """One request at a time; `done(self, due, status)` is called with each answer."""
+
+    def __init__(self, done: Callable[[Connection, float, int], None]) -> None:
+        self._done, self._buffer, self._due = done, b"", -1.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: Any = transport
+
+    def send(self, request: bytes, due: float) -> None:
+        self._due = due
+        self._transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        head = self._buffer.find(HEAD_END)
+        if head < 0:
+            return
+        at = self._buffer.lower().find(LENGTH, 0, head)
+        if at < 0:
+            raise ValueError(f"an answer without Content-Length: {self._buffer[:head]!r}")
+        length = int(self._buffer[at + len(LENGTH) : self._buffer.find(b"\r", at)])
+        if len(self._buffer) >= head + 4 + length:
+            self.body, status, self._buffer = self._buffer[head + 4 :], int(self._buffer[9:12]), b""
+            due, self._due = self._due, -1.0
+            self._done(self, due, status)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._due >= 0:
+            self._done(self, self._due, 0)
+
+
+class Run:
+    """The answers of one plan."""
+
+    def __init__(self, plan: dict[str, Any]) -> None:
+        self.port, self.seconds = plan["port"], plan["seconds"]
+        self.requests: Sequence[bytes] = [request.encode() for request in plan["requests"]]
+        self.warmup_s = plan.get("warmup_s", 0.0)
+        self.seen: list[Seen] = []
+        self.sent = 0
+        self.bodies: dict[int, bytes] = {}
+        self.over = asyncio.Event()
+
+    def record(self, connection: Connection, due: float, status: int) -> None:
+        self.seen.append((due - self.began, clock() - due, status))
+        if status and status not in self.bodies:
+            self.bodies[status] = connection.body
+
+    def next(self, connection: Connection, due: float) -> None:
+        connection.send(self.requests[self.sent % len(self.requests)], due)
+        self.sent += 1
+
+    async def connect(self, done: Callable[[Connection, float, int], None]) -> Connection:
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(lambda: Connection(done), "127.0.0.1", self.port)
+        return connection
+
+    async def closed(self, connections: int) -> None:
+        """Every connection sends again as soon as it has its answer."""
+        left = connections
+
+        def done(connection: Connection, due: float, status: int) -> None:
+            nonlocal left
+            self.record(connection, due, status)
+            if status and clock() - self.began < self.warmup_s + self.seconds:
+                self.next(connection, clock())
+                return
+            left -= 1
+            if not left:
+                self.over.set()
+
+        ready = [await self.connect(done) for _ in range(connections)]
+        self.began = clock()
+        for connection in ready:
+            self.next(connection, clock())
+        await self.over.wait()
+
+    async def open(self, rate: float, seed: int) -> None:
+        """Poisson arrivals at `rate` per second; an arrival that finds every connection busy opens another."""
+        draw, idle, opening = random.Random(seed), list[Connection](), set[asyncio.Task[None]]()
+
+        def done(connection: Connection, due: float, status: int) -> None:
+            self.record(connection, due, status)
+            if status:
+                idle.append(connection)
+            if len(self.seen) == self.sent and self.finished:
+                self.over.set()
+
+        async def fresh(due: float) -> None:
+            self.next(await self.connect(done), due)
+
+        self.finished = False
+        self.began = due = clock()
+        while (due := due + draw.expovariate(rate)) < self.began + self.seconds:
+            if (pause := due - clock()) > 0:
+                await asyncio.sleep(pause)
+            if idle:
+                self.next(idle.pop(), due)
+            else:
+                task = asyncio.create_task(fresh(due))
+                opening.add(task)
+                task.add_done_callback(opening.discard)
+        await asyncio.gather(*opening)
+        self.finished = True
+        if len(self.seen) < self.sent:
+            await self.over.wait()
+
+    def summary(self) -> dict[str, Any]:
+        """Every answer of the measured time, and how many there were in all."""
+        return {
+            "requests": len(self.seen),
+            "elapsed_s": clock() - self.began,
+            "seen": [answer for answer in self.seen if answer[0] >= self.warmup_s],
+            "bodies": {status: body.decode(errors="replace") for status, body in self.bodies.items()},
+            "cpu_s": time.process_time(),
+        }
+
+
+def main() -> None:
+    plan = json.load(sys.stdin)
+    run = Run(plan)
+    asyncio.run(run.open(plan["rate"], plan.get("seed", 0)) if "rate" in plan else run.closed(plan["connections"]))
+    json.dump(run.summary(), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
