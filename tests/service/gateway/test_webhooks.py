@@ -200,7 +200,7 @@ async def test_nobody_listening_is_tried_again(
 
 async def test_a_lost_gateway_leaves_its_hook_to_another(worker: Worker, valkey_url: str, receiver: Receiver) -> None:
     lost = Broker(valkey_url)
-    with gateway(valkey_url, None, **OPEN) as base:
+    with gateway(valkey_url, **OPEN) as base:
         async with httpx.AsyncClient(base_url=base, trust_env=False) as http:
             receiver.statuses = [500]
             await http.post("/generate", json={"webhook": receiver.url})
