@@ -1,11 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
 from redis.asyncio import Redis
 
+from tests.service.gateway.receiver import Receiver
 from tests.service.gateway.serving import Held, Worker, client, echo
 
 
@@ -43,3 +45,14 @@ async def held(redis: Redis, valkey_url: str) -> AsyncIterator[Held]:
 async def held_http(held: Held, valkey_url: str) -> AsyncIterator[httpx.AsyncClient]:
     async with client(valkey_url) as found:
         yield found
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    found = Receiver()
+    thread = threading.Thread(target=found.server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+    thread.join()

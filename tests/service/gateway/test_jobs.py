@@ -10,9 +10,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 from redis.asyncio import Redis
 
+from service.broker.letters import new_id
 from service.broker.redis_streams import Broker
 from service.gateway.auth import Caller, caller
 from service.protocol import Terms
@@ -121,8 +123,7 @@ async def test_what_went_wrong_is_the_synchronous_problem(
 
 async def test_a_job_given_up_shows_as_failed(redis: Redis, valkey_url: str) -> None:
     async with aclosing(Broker(valkey_url)) as broker, client(valkey_url) as http:
-        lost = job("judge")
-        lost = type(lost)(id=f"judge.{lost.id}", cost=1, work=lost.work)
+        lost = replace(job("judge"), id=new_id("judge"))
         await broker.ensure("judge")
         await broker.submit(lost, Terms(rows=1, deadline_ms=60_000, max_backlog=1000))
         for _ in range(2):
