@@ -77,14 +77,17 @@ def gateway() -> None:
     logs.setup(settings.log_level)
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, _leave)
+    app = create_app(settings)
     config = uvicorn.Config(
-        create_app(settings),
+        app,
         host=settings.host,
         port=settings.port,
         log_config=None,
         timeout_graceful_shutdown=int(GRACE_S) - 5,
     )
-    uvicorn.Server(config).run()
+    server = uvicorn.Server(config)
+    app.state.leaving = lambda: server.should_exit
+    server.run()
 
 
 @app.command()
