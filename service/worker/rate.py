@@ -83,7 +83,11 @@ class DrainRate:
         return total / busy if busy > 0 else 0.0
 
     def best_per_second(self) -> float:
-        """Cost per second of the recent tick that did most for its time; 0 while too few were measured."""
+        """Cost per second that a backlog drains at: as measured while more work waited, else in the tick that did most
+        for its time; 0 while too few were measured."""
+        total, spent = self._pressed
+        if spent >= PRESSED_S:
+            return total / spent
         least = self._ms_per_cost.value()
         return 1000 / least if least else 0.0
 
