@@ -27,7 +27,7 @@ class Connection(asyncio.Protocol):
     """One request at a time; `done(self, due, status)` is called with each answer."""
 
     def __init__(self, done: Callable[[Connection, float, int], None]) -> None:
-        self._done, self._buffer, self._due = done, b"", -1.0
+        self._done, self._buffer, self._due, self.closed = done, b"", -1.0, False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: Any = transport
@@ -51,6 +51,7 @@ class Connection(asyncio.Protocol):
             self._done(self, due, status)
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.closed = True
         if self._due >= 0:
             self._done(self, self._due, 0)
 
@@ -120,6 +121,7 @@ class Run:
         while (due := due + draw.expovariate(rate)) < self.began + self.seconds:
             if (pause := due - clock()) > 0:
                 await asyncio.sleep(pause)
+            idle[:] = [connection for connection in idle if not connection.closed]
             if idle:
                 self.next(idle.pop(), due)
             else:
