@@ -21,6 +21,7 @@ from typing import Any
 HEAD_END, LENGTH = b"\r\n\r\n", b"content-length:"
 Seen = tuple[float, float, int]  # due (seconds from the start), latency (seconds), HTTP status (0: connection lost)
 clock = time.perf_counter
+PATIENCE_S = 60.0
 
 
 class Connection(asyncio.Protocol):
@@ -28,6 +29,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, done: Callable[[Connection, float, int], None]) -> None:
         self._done, self._buffer, self._due = done, b"", -1.0
+        self.closed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: Any = transport
@@ -51,6 +53,7 @@ class Connection(asyncio.Protocol):
             self._done(self, due, status)
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.closed = True
         if self._due >= 0:
             self._done(self, self._due, 0)
 
@@ -99,7 +102,7 @@ class Run:
         self.began = clock()
         for connection in ready:
             self.next(connection, clock())
-        await self.over.wait()
+        await asyncio.wait_for(self.over.wait(), self.warmup_s + self.seconds + PATIENCE_S)
 
     async def open(self, rate: float, seed: int) -> None:
         """Poisson arrivals at `rate` per second; an arrival that finds every connection busy opens another."""
@@ -120,6 +123,8 @@ class Run:
         while (due := due + draw.expovariate(rate)) < self.began + self.seconds:
             if (pause := due - clock()) > 0:
                 await asyncio.sleep(pause)
+            while idle and idle[-1].closed:  # the server closes what is idle for long
+                idle.pop()
             if idle:
                 self.next(idle.pop(), due)
             else:
@@ -129,7 +134,7 @@ class Run:
         await asyncio.gather(*opening)
         self.finished = True
         if len(self.seen) < self.sent:
-            await self.over.wait()
+            await asyncio.wait_for(self.over.wait(), PATIENCE_S)
 
     def summary(self) -> dict[str, Any]:
         """Every answer of the measured time, and how many there were in all."""
