@@ -12,6 +12,8 @@ from types import FrameType
 
 import typer
 
+from service.keys_cli import app as keys_app
+
 app = typer.Typer(
     name="offramp",
     help="Inference that knows when to stop: early-exit diffusion and ensemble-quality classification.",
@@ -19,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(keys_app, name="keys")
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 

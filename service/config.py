@@ -55,6 +55,11 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Largest request body.")
     max_pixels: int = Field(4_000_000, ge=1, description="Largest picture, in pixels, that is decoded.")
     log_level: str = Field("info", pattern=r"^(debug|info|warning|error)$", description="Log level.")
+    api_keys_file: Path | None = Field(None, description="TOML file of API keys, hashed; read again when it changes.")
+    api_keys: str = Field("", description="API keys with default rights, ID:SHA256 separated by commas.")
+    allow_anonymous: bool = Field(
+        False, description="Ask nobody for a key, where none is set, on an address that others reach."
+    )
 
     @field_validator("redis_url")
     @classmethod

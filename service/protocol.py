@@ -84,7 +84,7 @@ class Delivery:
     taken_ms: int
     solo: bool = False
     events: bool = False
-    states: Mapping[int, bytes] = field(default_factory=dict)
+    states: Mapping[int, bytes] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Protocol
 from service.broker.embedded import Embedded, die_with_parent
 from service.config import ConfigError, Settings
 from service.errors import OfframpError
+from service.keys import gateway_keyring
 
 LOOK_S = 0.1
 HEALTHY_S = 10.0
@@ -132,6 +133,7 @@ class Supervisor:
         """Start everything, keep it alive until SIGINT or SIGTERM, drain; 0 when nothing had to be killed."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
+        gateway_keyring(self._settings)
         check_port("OFFRAMP_PORT", self._settings.host, self._settings.port)
         check_port("OFFRAMP_WORKER_METRICS_PORT", self._settings.worker_host, self._settings.worker_metrics_port)
         try:

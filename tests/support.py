@@ -30,9 +30,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def require(binary: str) -> str:
-    """Path of an optional program; without it the test is skipped or, under CI=true, fails."""
-    if found := shutil.which(binary):
+def require(binary: str, path: str | None = None) -> str:
+    """Path of an optional program (on PATH or `path`); without it the test is skipped or, under CI=true, fails."""
+    if found := shutil.which(binary, path=path):
         return found
     reason = f"{binary} is not installed"
     if os.environ.get("CI") == "true":

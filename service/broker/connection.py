@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Awaitable, Callable
+import re
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -21,6 +22,8 @@ READ_S = BLOCK_MS / 1000 + 4.0
 CONNECTIONS = 64
 OUTAGES = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError, NoPermissionError)
 OUTAGE_CODES = ("LOADING", "MASTERDOWN", "MISCONF", "BUSY ", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS")
+IN_SCRIPT = re.compile(r"@user_script: \d+: -(OOM|READONLY|NOPERM|MISCONF|NOREPLICAS|MASTERDOWN) ")  # Redis 6.2
+NEEDED = ("evalsha", "script", "xautoclaim", "xclaim", "xpending", "xreadgroup", "xinfo", "xgroup", "zrangebyscore")
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -63,17 +66,19 @@ def reachable(call: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
 
 def is_outage(error: Exception) -> bool:
     """Whether the server is away, loading, full, read-only or forbids the command: nothing we sent was wrong."""
-    if isinstance(error, ResponseError) and str(error).startswith(OUTAGE_CODES):
+    if isinstance(error, ResponseError) and (str(error).startswith(OUTAGE_CODES) or IN_SCRIPT.search(str(error))):
         return True
     return isinstance(error, (*OUTAGES, OSError))
 
 
-def refuse_unfit(info: dict[str, Any]) -> None:
-    """Unavailable for a server (its INFO) that would lose work: too old, or free to evict keys."""
+def refuse_unfit(info: dict[str, Any], missing: Sequence[str] = ()) -> None:
+    """Unavailable for a server (its INFO) that would lose work: too old, `missing` commands, or free to evict keys."""
     valkey = info.get("valkey_version")
     version = str(valkey or info["redis_version"])
     if tuple(int(part) for part in version.split(".")[:2]) < ((7, 2) if valkey else (6, 2)):
         raise Unavailable(f"the server is {version}; Redis >= 6.2 or Valkey >= 7.2 is needed")
     policy = info.get("maxmemory_policy", "noeviction")
-    if policy != "noeviction" and int(info.get("maxmemory", 0)):
+    if policy != "noeviction":
         raise Unavailable(f"maxmemory-policy is {policy}: jobs could be evicted; set it to noeviction")
+    if missing:
+        raise Unavailable(f"the server lacks {', '.join(name.upper() for name in missing)}: use another, or enable it")

@@ -46,6 +46,11 @@ def backlog(model: str) -> str:
     return f"{prefix(model)}backlog"
 
 
+def turns(model: str) -> str:
+    """Hash of the fair queue's clock and each rank's tag."""
+    return f"{prefix(model)}turns"
+
+
 def owed(model: str) -> str:
     """Hash of API key to its queued and running cost."""
     return f"{prefix(model)}owed"

@@ -174,7 +174,7 @@ class Broker(Hooks):
         try:
             full, cursors, rows, ended = await self._run("take", model, *args)
         except ResponseError as error:
-            if "NOGROUP" not in str(error) and "no such key" not in str(error):
+            if "NOGROUP" not in str(error):
                 raise
             await self.ensure(model)
             return Taken([])

@@ -13,11 +13,12 @@ from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
 from service.broker import keys
-from service.broker.connection import BLOCK_MS, connect, reachable, refuse_unfit
+from service.broker.connection import BLOCK_MS, NEEDED, connect, reachable, refuse_unfit
 
 Entry = tuple[bytes, dict[bytes, bytes]]
 Command = Callable[..., Awaitable[Any]]
 
+LUA = Path(__file__).parent / "lua"
 ALIVE_MS = 15_000
 
 
@@ -35,7 +36,6 @@ class Script:
         return cls(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-LUA = Path(__file__).parent / "lua"
 OF_A_MODEL = ("submit", "take", "heartbeat", "checkpoint", "finish", "release", "cancel", "status", "hooks")
 SCRIPTS = {name: Script.read(name, "common") for name in OF_A_MODEL} | {"bucket": Script.read("bucket")}
 
@@ -76,8 +76,9 @@ class Store:
 
     @reachable
     async def check(self) -> None:
-        """Refuse a server that would lose work: too old, or free to evict keys."""
-        refuse_unfit(await self._redis.info())
+        """Refuse a server that would lose work: too old, free to evict keys, or without a command that is needed."""
+        known = {as_bytes(one[0]).decode() for one in await self._command("COMMAND INFO", *NEEDED) if one}
+        refuse_unfit(await self._redis.info(), [name for name in NEEDED if name not in known])
 
     async def aclose(self) -> None:
         """Close every connection."""

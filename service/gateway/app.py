@@ -11,7 +11,7 @@ from importlib.metadata import version
 from secrets import token_hex
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
@@ -21,11 +21,13 @@ from starlette.responses import JSONResponse
 from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.errors import BadRequest, NotAllowed, NotFound, OfframpError, TooLarge, Unavailable, by_code
+from service.gateway.auth import caller
 from service.gateway.middleware import BodyLimit, Edge
 from service.gateway.replies import Replies
 from service.gateway.routes import classify, generate, health, models
 from service.gateway.schemas import Problem
 from service.gateway.state import Catalogue, Gateway
+from service.keys import gateway_keyring
 from service.metrics import GatewayMetrics
 
 PROBLEM = "application/problem+json"
@@ -50,11 +52,14 @@ def create_app(settings: Settings) -> FastAPI:
     gateway_id = f"{socket.gethostname()}-{os.getpid()}-{token_hex(2)}"
     broker = Broker(settings.redis_url or LOCAL_REDIS)
     replies, metrics = Replies(broker, gateway_id), GatewayMetrics()
-    app.state.gateway = Gateway(gateway_id, settings, broker, replies, Catalogue(broker), metrics)
+    app.state.gateway = Gateway(
+        gateway_id, settings, broker, replies, Catalogue(broker), metrics, gateway_keyring(settings)
+    )
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     app.add_middleware(Edge, metrics=metrics, respond=problem)
-    for route in (generate, classify, models, health):
-        app.include_router(route.router)
+    for route in (generate, classify, models):
+        app.include_router(route.router, dependencies=[Depends(caller)])
+    app.include_router(health.router)
     for kind in (OfframpError, RequestValidationError, HTTPException, RedisError):
         app.add_exception_handler(kind, _on_error)
     return app
@@ -96,6 +101,8 @@ def problem(request: Request, error: Exception) -> JSONResponse:
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if retry_after:
         headers["Retry-After"] = str(retry_after)
+    if known.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(body.model_dump(exclude_none=True), known.status, headers, media_type=PROBLEM)
 
 

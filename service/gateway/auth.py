@@ -1,24 +1,45 @@
-"""Who asks. (A stand-in until the branch with API keys is merged.)"""
+"""Who asks: the API key of a request, recognised and held to its rate."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
 
-from models.api import Priority
+from fastapi import Depends
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+
+from service.errors import Unauthorized
+from service.gateway.routes.deps import Shared
+from service.keys import Caller
+
+__all__ = ["Caller", "caller"]
+
+ANYBODY = Caller()
+BEARER = HTTPBearer(auto_error=False, scheme_name="bearer", description="An API key, where the gateway has any.")
+HEADER = APIKeyHeader(name="X-API-Key", auto_error=False, scheme_name="apiKey", description="The same, as a header.")
 
 
-@dataclass(frozen=True)
-class Caller:
-    """Whoever asks, and what they may."""
+async def caller(
+    gateway: Shared,
+    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)],
+    header: Annotated[str | None, Depends(HEADER)],
+) -> Caller:
+    """Whoever the request's key stands for; anybody, without limits, where no keys are configured.
 
-    id: str = ""
-    max_owed: int = 0
-
-    def allowed(self, priority: Priority | None) -> Priority:
-        """The priority to use."""
-        return priority or "normal"
-
-
-async def caller() -> Caller:
-    """Anybody."""
-    return Caller()
+    Raises:
+        Unauthorized: no key, an unknown or an expired one.
+        RateLimited: the key asks too often.
+    """
+    if not gateway.keys.configured:
+        return ANYBODY
+    key = bearer.credentials if bearer else header
+    if not key:
+        raise Unauthorized("send an API key: `Authorization: Bearer KEY` or `X-API-Key: KEY`")
+    known = gateway.keys.find(key)
+    if known is None:
+        raise Unauthorized("this API key is not known")
+    if known.expired:
+        raise Unauthorized(f"this API key expired on {known.expires}")
+    who = known.caller
+    if who.rate_per_s:
+        await gateway.broker.allow(who.id, who.rate_per_s, who.burst)
+    return who

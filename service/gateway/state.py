@@ -11,6 +11,7 @@ from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.errors import OfframpError
 from service.gateway.replies import Replies
+from service.keys import Keyring
 from service.metrics import GatewayMetrics
 
 CATALOGUE_TTL_S = 1.0
@@ -54,3 +55,4 @@ class Gateway:
     replies: Replies
     catalogue: Catalogue
     metrics: GatewayMetrics
+    keys: Keyring

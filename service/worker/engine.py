@@ -5,41 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from models.api import ClassifyWork, StepStats, Task, UserError
-from service.errors import BadRequest, DeadlineExceeded, JobFailed
+from models.api import StepStats, Task, UserError
 from service.metrics import WorkerMetrics
-from service.protocol import Delivery, Failure, Outcome
+from service.protocol import Delivery
+from service.worker.outcomes import Finished, failure_of, lateness
 from service.worker.progress import Progress, Reporter
 from service.worker.rate import DrainRate
-from service.worker.scheduler import Admission, JobRun, Plan, Scheduler
-from service.worker.splitting import Splitter, is_memory
+from service.worker.scheduler import Admission, JobRun, Plan, Scheduler, evaluations_of
+from service.worker.splitting import Splitter, merged
 
 __all__ = ["Engine", "Finished", "Progress", "Tick"]
-MESSAGE_LIMIT = 300
-LATE = {
-    "waiting": "the deadline passed while it waited",
-    "running": "the deadline passed while it ran",
-    "hopeless": "the deadline cannot be met, at what the work takes here",
-}
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A job that needs nothing more from the engine: what it made, or why it did not."""
-
-    delivery: Delivery
-    outcome: Outcome
-    rows: tuple[Any, ...] = ()
-    receipt: dict[str, Any] = field(default_factory=dict)
-    failure: Failure | None = None
-    queue_s: float = 0.0
-    run_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +105,7 @@ class Engine:
         ended = self._clock()
         news = self._reporter.due(self.ticks, ended * 1000)
         if batch or plan.admissions:
-            self._measure(started, ended, self._scheduler.drained - drained, bool(stats))
+            self._measure(started, ended, self._scheduler.drained - drained, stats is not None)
         if stats is None:
             stats, jobs = _admission_stats(plan), len(plan.admissions)
         if stats.rows:
@@ -157,7 +137,7 @@ class Engine:
             withdrawn, self._withdrawn = self._withdrawn, set()
             suspending, self._suspending = self._suspending, False
             for delivery, offered_ms in inbox:
-                self._scheduler.add(delivery, offered_ms, _evaluations(delivery))
+                self._scheduler.add(delivery, offered_ms, evaluations_of(delivery))
             for attempt in withdrawn:
                 self._scheduler.drop(attempt)
             self._free = self._scheduler.free_rows()
@@ -222,7 +202,7 @@ class Engine:
             failed.extend(self._fail(self._scheduler.owners([slot]), error, "step"))
 
         parts = self._splitter.run(batch, step, blame, wanted=self._scheduler.holds)
-        return _merged(parts), failed
+        return merged(parts), failed
 
     def _collect(self) -> list[Finished]:
         over: list[Finished] = []
@@ -250,8 +230,7 @@ class Engine:
         queue_s, run_s = self._times(job, now)
         why = why or ("waiting" if job.admitted_ms is None else "running")
         self._metrics.deadline_missed.labels(self.name, why).inc()
-        failure = Failure(DeadlineExceeded.code, LATE[why], DeadlineExceeded.retryable)
-        return Finished(job.delivery, "expired", failure=failure, queue_s=queue_s, run_s=run_s)
+        return Finished(job.delivery, "expired", failure=lateness(why), queue_s=queue_s, run_s=run_s)
 
     def _fail(self, jobs: Sequence[JobRun], error: Exception, verb: str) -> list[Finished]:
         where = {"model": self.name, "verb": verb, "jobs": [_id(job) for job in jobs]}
@@ -259,7 +238,7 @@ class Engine:
             log.info("job refused", extra=where | {"reason": str(error)})
         else:
             log.exception("task failed", extra=where)
-        failure = _failure(error, verb)
+        failure = failure_of(error, verb)
         over = []
         for job in jobs:
             self._scheduler.drop(job.attempt)
@@ -280,40 +259,6 @@ def _queue_s(job: JobRun, admitted_ms: float) -> float:
 
 def _id(job: JobRun) -> str:
     return job.delivery.job.id
-
-
-def _failure(error: Exception, verb: str) -> Failure:
-    if isinstance(error, UserError):
-        return Failure(BadRequest.code, str(error), BadRequest.retryable, error.field)
-    what = "out of memory with one row: " if is_memory(error) and verb != "collect" else ""
-    message = f"{verb}: {what}{type(error).__name__}: {error}"[:MESSAGE_LIMIT]
-    return Failure(JobFailed.code, message, JobFailed.retryable)
-
-
-def _evaluations(delivery: Delivery) -> int:
-    """Evaluations that each row needs at least, known before it runs; 0 for a classification, which may end early."""
-    work = delivery.job.work
-    if isinstance(work, ClassifyWork):
-        return 0
-    return 2 * work.steps - 1 if work.solver == "heun" else work.steps
-
-
-def _merged(parts: Sequence[StepStats]) -> StepStats | None:
-    """The parts of a tick as one; None where nothing moved."""
-    if len(parts) <= 1:
-        return parts[0] if parts else None
-    counts: Counter[tuple[int, int]] = Counter()
-    for part in parts:
-        counts.update(part.depth_counts)
-    return StepStats(
-        rows=sum(part.rows for part in parts),
-        decoded=sum(part.decoded for part in parts),
-        waiting=frozenset().union(*(part.waiting for part in parts)),
-        finished=frozenset().union(*(part.finished for part in parts)),
-        layer_evals=sum(part.layer_evals for part in parts),
-        layer_evals_full=sum(part.layer_evals_full for part in parts),
-        depth_counts=counts,
-    )
 
 
 def _admission_stats(plan: Plan) -> StepStats:

@@ -53,7 +53,7 @@ def run(settings: Settings) -> int:
     worker = f"{socket.gethostname()}-{os.getpid()}-{token_hex(2)}"
     metrics = WorkerMetrics()
     tasks = load_tasks(settings)
-    engines = [Engine(task, metrics) for task in tasks]
+    engines = [Engine(task, metrics, checkpoint_ticks=settings.checkpoint_ticks) for task in tasks]
     for task in tasks:
         metrics.declare(task.info, str(getattr(task, "device", settings.device)))
     _serve_metrics(metrics, settings)

@@ -75,6 +75,11 @@ class DrainRate:
         total, busy = self._sums
         return total / busy if busy > 0 else 0.0
 
+    def best_per_second(self) -> float:
+        """Cost per second of the recent tick that did most for its time; 0 while too few were measured."""
+        least = self._ms_per_cost.value()
+        return 1000 / least if least else 0.0
+
     def pace(self) -> Pace:
         """What a tick and a unit of cost take now."""
         ticks, busy = self._ticks

@@ -14,6 +14,7 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from models.api import ClassifyWork
 from service.protocol import Delivery
 from service.worker.rate import Pace
 
@@ -244,3 +245,11 @@ class Scheduler:
         del self._owner[slot]
         self._left.pop(slot, None)
         heapq.heappush(self._free, slot)
+
+
+def evaluations_of(delivery: Delivery) -> int:
+    """Evaluations that each row needs at least, known before it runs; 0 for a classification, which may end early."""
+    work = delivery.job.work
+    if isinstance(work, ClassifyWork):
+        return 0
+    return 2 * work.steps - 1 if work.solver == "heun" else work.steps

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
+
+from models.api import StepStats
 
 Reason = Literal["error", "memory"]
 R = TypeVar("R")
@@ -78,3 +81,21 @@ class Splitter:
             self._calm += 1
             if self._calm == CALM_RUNS:
                 self.limit, self._calm = min(self._capacity, 2 * self.limit), 0
+
+
+def merged(parts: Sequence[StepStats]) -> StepStats | None:
+    """The parts of a tick as one; None where nothing moved."""
+    if len(parts) <= 1:
+        return parts[0] if parts else None
+    counts: Counter[tuple[int, int]] = Counter()
+    for part in parts:
+        counts.update(part.depth_counts)
+    return StepStats(
+        rows=sum(part.rows for part in parts),
+        decoded=sum(part.decoded for part in parts),
+        waiting=frozenset().union(*(part.waiting for part in parts)),
+        finished=frozenset().union(*(part.finished for part in parts)),
+        layer_evals=sum(part.layer_evals for part in parts),
+        layer_evals_full=sum(part.layer_evals_full for part in parts),
+        depth_counts=counts,
+    )

@@ -5,7 +5,8 @@ local rate, burst = tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + time[2] / 1000
 local known = redis.call('HMGET', KEYS[1], 'tokens', 'at')
-local tokens = math.min(burst, tonumber(known[1] or burst) + (now - tonumber(known[2] or now)) * rate / 1000)
+local passed = math.max(0, now - tonumber(known[2] or now))  -- another server's clock may be behind after a failover
+local tokens = math.min(burst, tonumber(known[1] or burst) + passed * rate / 1000)
 local wait = 0
 if tokens >= 1 then tokens = tokens - 1 else wait = math.ceil((1 - tokens) / rate * 1000) end
 redis.call('HSET', KEYS[1], 'tokens', string.format('%.6f', tokens), 'at', string.format('%.3f', now))

@@ -6,10 +6,8 @@ local job = P .. 'job:' .. id
 local found = redis.call('HMGET', job, 'attempt', 'state')
 if found[1] ~= attempt or found[2] ~= 'running' then return 0 end
 redis.call('HSET', job, 'done', done, 'of', of)
-if #ARGV > 7 then
-  redis.call('HSET', P .. 'ck:' .. id, unpack(ARGV, 8))
-  redis.call('EXPIRE', P .. 'ck:' .. id, ttl)
-end
+for i = 8, #ARGV, 2 do redis.call('HSET', P .. 'ck:' .. id, ARGV[i], ARGV[i + 1]) end
+redis.call('EXPIRE', P .. 'ck:' .. id, ttl)
 if progress ~= '' then tell(id, 'progress', progress) end
 if preview ~= '' then tell(id, 'preview', preview) end
 return 1

@@ -27,7 +27,17 @@ local function failure(id, outcome, code, message, retryable)
   return cmsgpack.pack({id = id, outcome = outcome, failure = said})
 end
 
+-- Where the group stands in a rank's stream; nil when there is no such group or stream.
+local function cursor_of(rank)
+  for _, group in ipairs(redis.pcall('XINFO', 'GROUPS', P .. 'q:' .. rank)) do
+    group = mapped(group)
+    if group['name'] == GROUP then return group['last-delivered-id'] end
+  end
+end
+
+-- Only `queued` starts a stream: without one nobody follows the job.
 local function tell(id, name, data)
+  if name ~= 'queued' and redis.call('EXISTS', P .. 'ev:' .. id) == 0 then return end
   redis.call('XADD', P .. 'ev:' .. id, 'MAXLEN', '~', 1000, '*', 'name', name, 'data', data)
 end
 

@@ -13,8 +13,12 @@ if map then
   return {1, close(rank, entry, map, outcome, result, ttl)}
 end
 redis.pcall('XACK', P .. 'q:' .. rank, GROUP, entry)
-if redis.call('EXISTS', job) == 1 then
-  local known = redis.call('HMGET', job, 'finished_by', 'reply')
-  return known[1] == attempt and {1, known[2] or ''} or {0, ''}
+local state, finished_by, reply = unpack(redis.call('HMGET', job, 'state', 'finished_by', 'reply'))
+if state == 'queued' or state == 'running' then  -- somebody deleted the entry
+  redis.call('HSET', job, 'state', outcome, 'finished_by', attempt)
+  redis.call('HDEL', job, 'payload')
+  redis.call('EXPIRE', job, ttl)
+elseif state then
+  return finished_by == attempt and {1, reply or ''} or {0, ''}
 end
-return {redis.call('SET', P .. 'res:' .. id, result, 'EX', ttl, 'NX') and 1 or 0, ''}
+return {redis.call('SET', P .. 'res:' .. id, result, 'EX', ttl, 'NX') and 1 or 0, reply or ''}

@@ -13,12 +13,8 @@ if #live > 0 then
 end
 if found.state == 'queued' then
   local rank, entry = string.match(found.entry, '^(%a+):(.+)$')
-  local queue, cursor = P .. 'q:' .. rank, '0-0'
-  for _, group in ipairs(redis.call('XINFO', 'GROUPS', queue)) do
-    group = mapped(group)
-    if group['name'] == GROUP then cursor = group['last-delivered-id'] end
-  end
-  local before = redis.call('XRANGE', queue, '(' .. cursor, '(' .. entry, 'COUNT', 1000)
+  local cursor = cursor_of(rank) or '0-0'
+  local before = redis.call('XRANGE', P .. 'q:' .. rank, '(' .. cursor, '(' .. entry, 'COUNT', 1000)
   ahead = #before
   for _, one in ipairs(before) do cost = cost + tonumber(mapped(one[2]).cost) end
 end

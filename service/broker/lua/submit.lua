@@ -21,10 +21,13 @@ if tonumber(alive) > 0 then
   if #live == 0 then return {'idle', '', 0, '0'} end
   for _, best in ipairs(redis.call('HMGET', P .. 'best', unpack(live))) do rate = rate + tonumber(best or 0) end
 end
+local backlog = {}
 for i, queued in ipairs(redis.call('HMGET', P .. 'backlog', unpack(RANKS))) do
-  queued = tonumber(queued or 0)
-  total = total + queued
-  if WEIGHTS[RANKS[i]] >= WEIGHTS[rank] then ahead = ahead + queued end
+  backlog[RANKS[i]] = tonumber(queued or 0)
+  total = total + backlog[RANKS[i]]
+end
+for other, queued in pairs(backlog) do  -- while this rank drains, others get at most their share beside it
+  ahead = ahead + math.min(queued, backlog[rank] * WEIGHTS[other] / WEIGHTS[rank])
 end
 if total > 0 and total + cost > tonumber(most) then return {'full', '', total, tostring(rate)} end
 if max_owed > 0 then

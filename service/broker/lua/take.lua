@@ -8,12 +8,17 @@ local worker, token = ARGV[1], ARGV[5]
 local free, capacity, lease = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local most, ttl = tonumber(ARGV[6]), ARGV[7]
 local SOLO = 2  -- deliveries beyond which a job runs alone
+local ENDED = 100  -- jobs that end in one call: the server must not be kept from others
 local now = now_ms()
 local taken, ended, full = {}, {}, 0
 
-local function fits(rows, deliveries)
-  if deliveries > SOLO or rows > capacity then return free == capacity end
-  return rows <= free
+-- Whether there is no room for a job that may still run.
+local function waits(map, deliveries)
+  local rows = tonumber(map.rows)
+  local alone = deliveries > SOLO or rows > capacity
+  if deliveries > most or (alone and free == capacity) or (not alone and rows <= free) then return false end
+  local deadline = redis.call('HGET', P .. 'job:' .. map.id, 'deadline_ms')
+  return deadline and tonumber(deadline) > now
 end
 
 local function over(rank, entry, map, outcome, result)
@@ -60,28 +65,26 @@ end
 local lengths, cursors = {}, {}
 for _, rank in ipairs(RANKS) do
   local queue = P .. 'q:' .. rank
-  lengths[rank], cursors[rank] = redis.call('XLEN', queue), '0-0'
-  for _, group in ipairs(redis.call('XINFO', 'GROUPS', queue)) do
-    group = mapped(group)
-    if group['name'] == GROUP then cursors[rank] = group['last-delivered-id'] end
-  end
+  lengths[rank], cursors[rank] = redis.call('XLEN', queue), cursor_of(rank)
+  if not cursors[rank] then return redis.error_reply('NOGROUP ' .. queue) end
 end
 
 for _, rank in ipairs(RANKS) do
-  local queue = P .. 'q:' .. rank
-  while lengths[rank] > 0 and free > 0 and full == 0 do
-    local idle = redis.call('XPENDING', queue, GROUP, 'IDLE', lease, '-', '+', 1)[1]
+  local queue, from = P .. 'q:' .. rank, '-'
+  while lengths[rank] > 0 and free > 0 and full == 0 and #ended < ENDED do
+    local idle = redis.call('XPENDING', queue, GROUP, 'IDLE', lease, from, '+', 1)[1]
     if not idle then break end
     local entry, deliveries = idle[1], idle[4] + 1
     local map = entry_at(rank .. ':' .. entry)
     if not map then
       redis.call('XACK', queue, GROUP, entry)
-    elseif fits(tonumber(map.rows), deliveries) then
+    elseif waits(map, deliveries) then
+      full = 1
+    else
       redis.call('XAUTOCLAIM', queue, GROUP, worker, lease, entry, 'COUNT', 1)
       hand_out(rank, entry, map, deliveries)
-    else
-      full = 1
     end
+    from = '(' .. entry
   end
 end
 
@@ -90,7 +93,7 @@ local turns = redis.call('HMGET', P .. 'turns', 'now', unpack(RANKS))
 local clock, moved = tonumber(turns[1] or 0), false
 for i, rank in ipairs(RANKS) do tags[rank] = tonumber(turns[i + 1] or 0) end
 local heads = {}
-while free > 0 and full == 0 do
+while free > 0 and full == 0 and #ended < ENDED do
   local pick
   for _, rank in ipairs(RANKS) do
     if lengths[rank] > 0 and heads[rank] == nil then
@@ -100,7 +103,7 @@ while free > 0 and full == 0 do
   end
   if not pick then break end
   local entry, map = heads[pick][1], mapped(heads[pick][2])
-  if not fits(tonumber(map.rows), 1) then
+  if waits(map, 1) then
     full = 1
     break
   end

@@ -77,7 +77,7 @@ async def until(what: str, look: Callable[[], Any]) -> Any:
 
 
 async def submit(broker: Broker, job: Job, budget_ms: int = 60_000) -> Job:
-    await broker.submit(job, Terms(job.work.rows, budget_ms, 10**9))
+    await broker.submit(job, Terms(job.work.rows, budget_ms, 10**9, reply_to=GATEWAY))
     return job
 
 
@@ -177,10 +177,12 @@ async def test_job_delivered_too_often_is_given_up(broker: Broker, valkey_url: s
     task = ToyGenerate(model)
     with serving(valkey_url, task, lease_s=1.0, max_deliveries=1):
         result = await answer(broker, job)
-    assert result.outcome == "failed"
+    assert result.outcome == "dead"
     assert result.failure is not None
     assert "1 deliveries" in result.failure.message
     assert task.evaluated == []
+    assert (await broker.queue_stats(model)).ledger == {"accepted": 1, "dead": 1}
+    assert [letter.id async for letter in broker.letters(model)] == [job.id]
 
 
 async def test_drain_finishes_what_was_taken_and_leaves_the_rest(broker: Broker, valkey_url: str, model: str) -> None:
@@ -288,3 +290,57 @@ async def test_result_is_written_in_npy_as_asked(broker: Broker, valkey_url: str
     header = np.lib.format.magic(1, 0)
     assert result.images[0].data.startswith(header)
     assert (result.images[0].label, result.images[0].seed) == (0, 4)
+
+
+async def test_a_cancelled_job_leaves_within_a_tick_and_its_answer_is_not_heard(
+    broker: Broker, valkey_url: str, model: str
+) -> None:
+    task = ToyGenerate(model, capacity=1, step_s=0.01)
+    with serving(valkey_url, task):
+        job = await submit(broker, draw(steps=10_000, model=model))
+
+        async def begun() -> bool:
+            return bool(task.evaluated)
+
+        await until("first evaluation", begun)
+        assert await broker.cancel(model, job.id, 60)
+        following = await submit(broker, draw(seed=7, model=model))
+        assert (await answer(broker, following)).outcome == "ok"
+    assert len(task.evaluated) < 5_000
+    assert (await answer(broker, job)).outcome == "cancelled"
+    assert (await broker.queue_stats(model)).ledger == {"accepted": 2, "cancelled": 1, "ok": 1}
+    assert not await broker.cancel(model, job.id, 60)
+
+
+async def test_a_drained_worker_hands_its_rows_on_and_none_is_run_twice(
+    broker: Broker, valkey_url: str, model: str
+) -> None:
+    first, second = ToyGenerate(model, capacity=2, step_s=0.01), ToyGenerate(model, capacity=2)
+    job = await submit(broker, draw(rows=2, steps=200, model=model))
+    with serving(valkey_url, first, drain_s=0.1):
+
+        async def begun() -> bool:
+            return len(first.evaluated) > 20
+
+        await until("some evaluations", begun)
+    assert await broker.result(model, job.id) is None
+    with serving(valkey_url, second):
+        result = await answer(broker, job)
+    assert [pixels(i, 200).tobytes() in image.data for i, image in enumerate(result.images)] == [True, True]
+    assert len(first.evaluated) + len(second.evaluated) == 400
+    assert len(set(first.evaluated) | set(second.evaluated)) == 400
+
+
+async def test_what_a_dead_worker_saved_is_not_run_again(broker: Broker, valkey_url: str, model: str) -> None:
+    await broker.ensure(model)
+    job = await submit(broker, draw(rows=1, steps=50, model=model))
+    dead = ToyGenerate(model)
+    [delivery] = (await broker.take(model, "dead", 4, 4, 1000)).deliveries
+    dead.admit(delivery.job.work, [0], [0])
+    for _ in range(30):
+        dead.step([0])
+    assert await broker.checkpoint(model, delivery, dict(enumerate(dead.save([0]))), 30, 50, 60)
+    task = ToyGenerate(model)
+    with serving(valkey_url, task, lease_s=1.0):
+        assert pixels(0, 50).tobytes() in (await answer(broker, job)).images[0].data
+    assert [evaluation for _, evaluation in task.evaluated] == list(range(30, 50))

@@ -57,11 +57,11 @@ def test_answers_survive_the_wire_and_are_counted() -> None:
         rows=(ClassifiedRow((0.25, 0.75), uncertainty, "escalate", (1, 0), exit=2),),
     )
     for model, done in (("toy", drawn), ("judge", judged)):
-        result = to_result(done, "w")
+        result = to_result(done, "w", 10**6)
         assert decode(Result, encode(result)) == result
         record(metrics, model, result, done)
-    assert to_result(drawn, "w").images[0].seed == 5
-    [prediction] = to_result(judged, "w").predictions
+    assert to_result(drawn, "w", 10**6).images[0].seed == 5
+    [prediction] = to_result(judged, "w", 10**6).predictions
     assert (prediction.probabilities, prediction.decision, prediction.prediction_set) == (
         (0.25, 0.75),
         "escalate",
@@ -80,3 +80,11 @@ def test_answers_survive_the_wire_and_are_counted() -> None:
     assert value("offramp_decisions_total", model="judge", method="single", decision="escalate") == 1
     assert value("offramp_decisions_total", model="judge", method="single", decision="accept") is None
     assert value("offramp_disagreement_nats_sum", model="judge", method="single") == 0.1
+
+
+def test_images_larger_than_a_result_may_be_are_a_failure_that_names_the_setting() -> None:
+    row = GeneratedRow(np.zeros((2, 2, 1), np.uint8), 3, 5, (4,), 4, 4)
+    result = to_result(Finished(delivery(draw(format="png")), "ok", rows=(row,)), "w", 10)
+    assert (result.outcome, result.images) == ("failed", ())
+    assert result.failure is not None
+    assert "OFFRAMP_MAX_RESULT_BYTES" in result.failure.message

@@ -15,7 +15,7 @@ from uuid import uuid4
 import pytest
 
 from service.broker.redis_streams import Broker
-from service.protocol import Job, Result
+from service.protocol import Job, Result, Terms
 from tests.service.worker.processes import command, environment, running, toy_models
 from tests.service.worker.work import draw
 from tests.support import wait_for
@@ -37,7 +37,7 @@ def env(valkey_url: str, tmp_path: Path) -> dict[str, str]:
 
 
 async def submit(broker: Broker, job: Job) -> Job:
-    await broker.submit(job, job.work.rows, 60_000, 10**9)
+    await broker.submit(job, Terms(job.work.rows, 60_000, 10**9))
     return job
 
 

@@ -1,7 +1,8 @@
 """A torch-free Task: a row's pixels depend on its seed and on the evaluations it had, and on nothing else.
 
 A row labelled EARLY needs one evaluation, whatever it was admitted with. Labels make trouble: REFUSED is
-a user's mistake; BAD_ADMIT, BAD_STEP, BAD_COLLECT raise in that verb, BAD_PIXELS cannot be encoded.
+a user's mistake; BAD_ADMIT, BAD_STEP, BAD_COLLECT raise in that verb, BAD_PIXELS cannot be encoded. A row that had an
+evaluation can be saved and restored and has a preview.
 """
 
 from __future__ import annotations
@@ -81,10 +82,10 @@ class ToyGenerate:
         waiting = frozenset(slots[self.at_once :])
         slots = slots[: self.at_once]
         self.batches.append(list(slots))
+        if any(self.rows[slot][1] == BAD_STEP for slot in slots):
+            raise Trouble("step")
         for slot in slots:
             seed, label, done = self.rows[slot]
-            if label == BAD_STEP:
-                raise Trouble("step")
             self.rows[slot] = (seed, label, done + 1)
             self.evaluated.append((seed, done))
         rows, early = len(slots), frozenset(slot for slot in slots if self.rows[slot][1] == EARLY)
@@ -92,6 +93,23 @@ class ToyGenerate:
 
     def collect(self, slots: Sequence[int]) -> Sequence[GeneratedRow]:
         return [self._row(slot) for slot in slots]
+
+    def save(self, slots: Sequence[int]) -> Sequence[bytes]:
+        return [json.dumps(self.rows[slot]).encode() if self.rows[slot][2] else b"" for slot in slots]
+
+    def restore(
+        self, work: GenerateWork, indices: Sequence[int], slots: Sequence[int], states: Sequence[bytes]
+    ) -> Sequence[int]:
+        rows = [(int(seed), int(label), int(done)) for seed, label, done in map(json.loads, states)]
+        for index, (seed, label, done) in zip(indices, rows, strict=True):
+            if (seed, label) != (work.seeds[index], work.labels[index]) or not 0 < done <= work.steps:
+                raise ValueError("a state of another row")
+        self.rows |= dict(zip(slots, rows, strict=True))
+        return [work.steps - done for _, _, done in rows]
+
+    def preview(self, slots: Sequence[int]) -> Sequence[NDArray[np.uint8] | None]:
+        rows = [self.rows[slot] for slot in slots]
+        return [pixels(seed, done) if done else None for seed, _, done in rows]
 
     def _row(self, slot: int) -> GeneratedRow:
         seed, label, done = self.rows[slot]
@@ -147,6 +165,17 @@ class ToyClassify:
     def collect(self, slots: Sequence[int]) -> Sequence[ClassifiedRow]:
         uncertainty = {"entropy": 0.1, "disagreement_source_vs_estimate": 0.2}
         return [ClassifiedRow(tuple(float(k == self.rows[slot]) for k in range(2)), uncertainty) for slot in slots]
+
+    def save(self, slots: Sequence[int]) -> Sequence[bytes]:
+        return [b""] * len(slots)
+
+    def restore(
+        self, work: ClassifyWork, indices: Sequence[int], slots: Sequence[int], states: Sequence[bytes]
+    ) -> Sequence[int]:
+        raise ValueError("nothing was saved")
+
+    def preview(self, slots: Sequence[int]) -> Sequence[None]:
+        return [None] * len(slots)
 
     def price(self, work: ClassifyWork) -> int:
         return work.rows
