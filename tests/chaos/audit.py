@@ -51,7 +51,9 @@ def audit(redis: Redis, told: Sequence[Told], replay: Client | None = None, exac
     found.retries = dict(Counter(trouble for one in told for trouble in one.troubles).most_common(12))
     found.lost = sum(one.state == "unknown" for one in told)
     found.broken += [f"{one.ask.key}: {one.wrong}" for one in told if one.wrong]
-    found.wrong = sum(bool(one.wrong) for one in told)
+    ended = [one for one in told if one.state not in ("unknown", one.ask.expect)]
+    found.broken += [f"{one.ask.key} {one.state}, not {one.ask.expect}: {one.problem.get('detail')}" for one in ended]
+    found.wrong = sum(bool(one.wrong) for one in told) + len(ended)
     found.broken += [f"{one.ask.key} unknown: {one.troubles[-3:]}" for one in told if one.state == "unknown"][:5]
     names = {one.ask.body["model"] for one in told}
     wait_for("empty queues", lambda: not any(waiting(redis, model) for model in names), 60)

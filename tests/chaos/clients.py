@@ -27,13 +27,14 @@ LATE_ENOUGH = 3  # answers 504 to one key
 
 @dataclass(frozen=True)
 class Ask:
-    """One request, and `judge` of its answer: empty when right, else what is wrong."""
+    """One request, `judge` of its answer (empty when right, else what is wrong), and the state it should end in."""
 
     path: str
     body: dict[str, Any]
     key: str
     judge: Callable[[dict[str, Any]], str]
     poll: bool = False
+    expect: str = "ok"
 
 
 @dataclass
@@ -166,9 +167,9 @@ def drill_ask(config: dict[str, Any], number: int, run: str, first: int | None =
         found = tuple(body["results"][0]["probabilities"][label] for label in config["labels"])
         return "" if found == right else f"picture {number}: {found}, not {right}"
 
-    poll = bool(more.pop("poll", False))
+    poll, expect = bool(more.pop("poll", False)), more.pop("expect", "ok")
     body = {"model": config["name"], "image": picture(pixels), **more}
-    return Ask("/classify", body, f"{run}-{config['name']}-{number}", judge, poll)
+    return Ask("/classify", body, f"{run}-{config['name']}-{number}", judge, poll, expect)
 
 
 def summary(told: Sequence[Told]) -> dict[str, int]:

@@ -178,12 +178,12 @@ class Fleet:
         """Every process answers, and every worker gave a sign of life."""
 
         def all_there() -> bool:
+            for member in self.members():
+                assert member.alive(), f"{member.name} ended:\n{member.log.read_text()[-3000:]}"
             said = [get_json(f"http://127.0.0.1:{port}/readyz") for port in self.ports]
             counts = [one["models"] for one in said if one]
             return len(counts) == len(said) and all(max(found.values(), default=0) >= 1 for found in counts)
 
-        for member in self.members():
-            assert member.alive(), f"{member.name} ended:\n{member.log.read_text()[-3000:]}"
         wait_for("the fleet", all_there, seconds)
         wait_for("every worker", lambda: all(self._serving(worker) for worker in self.workers), seconds)
 
