@@ -21,13 +21,15 @@ from typing import Any
 HEAD_END, LENGTH = b"\r\n\r\n", b"content-length:"
 Seen = tuple[float, float, int]  # due (seconds from the start), latency (seconds), HTTP status (0: connection lost)
 clock = time.perf_counter
+PATIENCE_S = 60.0
 
 
 class Connection(asyncio.Protocol):
     """One request at a time; `done(self, due, status)` is called with each answer."""
 
     def __init__(self, done: Callable[[Connection, float, int], None]) -> None:
-        self._done, self._buffer, self._due, self.closed = done, b"", -1.0, False
+        self._done, self._buffer, self._due = done, b"", -1.0
+        self.closed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: Any = transport
@@ -100,7 +102,7 @@ class Run:
         self.began = clock()
         for connection in ready:
             self.next(connection, clock())
-        await self.over.wait()
+        await asyncio.wait_for(self.over.wait(), self.warmup_s + self.seconds + PATIENCE_S)
 
     async def open(self, rate: float, seed: int) -> None:
         """Poisson arrivals at `rate` per second; an arrival that finds every connection busy opens another."""
@@ -121,7 +123,8 @@ class Run:
         while (due := due + draw.expovariate(rate)) < self.began + self.seconds:
             if (pause := due - clock()) > 0:
                 await asyncio.sleep(pause)
-            idle[:] = [connection for connection in idle if not connection.closed]
+            while idle and idle[-1].closed:  # the server closes what is idle for long
+                idle.pop()
             if idle:
                 self.next(idle.pop(), due)
             else:
@@ -131,7 +134,7 @@ class Run:
         await asyncio.gather(*opening)
         self.finished = True
         if len(self.seen) < self.sent:
-            await self.over.wait()
+            await asyncio.wait_for(self.over.wait(), PATIENCE_S)
 
     def summary(self) -> dict[str, Any]:
         """Every answer of the measured time, and how many there were in all."""

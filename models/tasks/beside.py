@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.store import StoreError, model_folders, read_config
+from models.store import StoreError, model_folders, read_config, read_json
 
 TAP = "first"
 
@@ -26,8 +26,10 @@ def folder_beside(ensemble: Path, kind: str) -> Path | None:
     """The folder of this kind beside `ensemble` that was trained for it; None when there is none."""
     name = read_config(ensemble, "ensemble")["name"]
     for folder in model_folders(ensemble.parent):
-        config = read_config(folder)
-        if config.get("kind") == kind and config.get("ensemble") == name:
+        found = read_json(folder / "config.json")
+        if not isinstance(found, dict) or found.get("kind") != kind:
+            continue
+        if read_config(folder).get("ensemble") == name:
             return folder
     return None
 
