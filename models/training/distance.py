@@ -48,17 +48,17 @@ def fit_distance(recipe: DistanceRecipe, source: ResNet, images: Split) -> Featu
     """Fit on images that the source did not see.
 
     Raises:
-        RecipeError: a class has no more images than a feature has numbers, or none.
+        RecipeError: a covariance has no more images than a feature has numbers, or a class none.
     """
     taps = (source.tap(to_pixels(images.images[i : i + 1000])) for i in range(0, len(images), 1000))
     features = torch.cat([pool(tap, recipe.fields) for tap in taps]).double().numpy()
     least = int(np.bincount(images.labels, minlength=source.fc.out_features).min())
-    if least <= features.shape[1]:
+    shared, size = recipe.covariance == "shared", features.shape[1]
+    if not least or (len(images) if shared else least) <= size:
         raise RecipeError(
-            f"a class has {least} images that the source did not see, too few for features of {features.shape[1]} "
-            "numbers: use fewer fields, or hold more images out of the members' training"
+            f"{len(images)} images that the source did not see, {least} of the rarest class, are too few for features "
+            f"of {size} numbers: use fewer fields, or hold more images out of the members' training"
         )
-    shared = recipe.covariance == "shared"
     return FeatureDistance.from_gaussians(Gaussians.fit(features, images.labels, shared), recipe.fields)
 
 
