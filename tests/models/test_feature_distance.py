@@ -96,7 +96,10 @@ def test_it_is_fitted_on_all_classes_and_enough_images(folder):
         found = network(source.tap(to_pixels(images.images)))
     expected = Gaussians.fit(pooled, images.labels, True).distance(pooled)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-2)
-    with pytest.raises(RecipeError, match="60 images that the source did not see, 17 of the rarest class, are too few for features of 32 numbers"):
+    with pytest.raises(
+        RecipeError,
+        match="60 images that the source did not see, 17 of the rarest class, are too few for features of 32 numbers",
+    ):
         fit_distance(DistanceRecipe("d", "toy"), source, Split(images.images[:60], images.labels[:60]))
 
 
