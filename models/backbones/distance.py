@@ -12,7 +12,7 @@ from models.uncertainty.gaussians import Gaussians
 
 
 def pool(tap: Tensor, fields: int) -> Tensor:
-    """(N, C, H, W) -> (N, C fields^2): means of fields x fields fields; plain pooling, which is faster, where it can."""
+    """(N, C, H, W) -> (N, C fields^2): means of fields x fields fields; by plain pooling, which is faster, if even."""
     height, width = tap.shape[-2:]
     if height % fields or width % fields:
         return F.adaptive_avg_pool2d(tap, fields).flatten(1)
