@@ -236,6 +236,8 @@ class ModelInfo:
         methods: classify methods and their cost relative to `single` (conv + linear MACs).
         calls: classify methods and their network calls per image (the unit of admission).
         decisions, sets: by classify method; empty for a model that was not calibrated.
+        foreign: when the distance of an image's features speaks against an answer, whatever the method says of it;
+            None where it is not measured.
         cascade: points of method `cascade`, by rising cost.
         purifier: what `purify` runs; None where images cannot be purified.
     """
@@ -256,6 +258,7 @@ class ModelInfo:
     calls: dict[str, int] = field(default_factory=dict)
     decisions: dict[str, DecisionRule] = field(default_factory=dict)
     sets: dict[str, SetRule] = field(default_factory=dict)
+    foreign: DecisionRule | None = None
     cascade: tuple[CascadePoint, ...] = ()
     purifier: PurifierInfo | None = None
     default_method: str = ""

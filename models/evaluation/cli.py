@@ -22,7 +22,7 @@ from models.evaluation.served import likeliest
 from models.evaluation.served_times import ratios, time_served, times_table
 from models.evaluation.short import short_table
 from models.evaluation.uncertainty import study
-from models.evaluation.uncertainty_report import draw, report
+from models.evaluation.uncertainty_report import decisions, draw, report, scores
 from models.store import read_config, write_json
 from models.tasks.beside import folder_beside
 from models.tasks.classifier import load_classifier
@@ -96,6 +96,8 @@ def classify(
         for kind in ("bridge", "student", "exits"):
             if (beside := folder_beside(folder, kind)) is not None:
                 write_card(beside, table)
+        if (beside := folder_beside(folder, "distance")) is not None:
+            write_card(beside, f"{decisions(found)}\n\n{scores(found)}")
     summary = {name: vars(cost) for name, cost in costs.items()}
     print(json.dumps({"model": folder.name, **made.json(), "costs": summary, **where}))
 

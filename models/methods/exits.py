@@ -34,7 +34,9 @@ class Stage:
     def run(self, pool: Rows, rows: Tensor, calls: Sequence[Self]) -> None:
         """See Call; rows at one exit share a batch."""
         given = pool.stages[self.index - 1] if self.index else pool.pixels
-        left, pool.heads[rows] = pool.networks[self.network](given[rows])
+        left, pool.heads[rows], *far = pool.networks[self.network](given[rows])
+        if far:
+            pool.far[rows] = far[0]
         if self.index < len(pool.stages):
             pool.stages[self.index][rows] = left
         else:

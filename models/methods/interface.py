@@ -60,7 +60,8 @@ class Rows(Protocol):
     """What calls and answers work on; first axis slots.
 
     The source fills `taps` (C, H, W), `features` (F,), `logits[:, 0]` (K,) and every column of `z` (columns, K), its
-    own logits softened. `logits` is (M, K), one row a member. `stages` is what each early exit leaves to the next one,
+    own logits softened. `logits` is (M, K), one row a member. `far` is the feature distance, from the source or a first
+    exit that sees its tap, NaN where it was not measured. `stages` is what each early exit leaves to the next one,
     `heads` (K,) what the head of the last one said. `done` counts calls, `terms` are what a row runs under, `urgent`
     that a cascade asks the members; `networks` are those of the classifier by name.
     """
@@ -72,6 +73,7 @@ class Rows(Protocol):
     z: Tensor
     stages: list[Tensor]
     heads: Tensor
+    far: Tensor
     done: Slots
     urgent: NDArray[np.bool_]
     terms: list[Terms]

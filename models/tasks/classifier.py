@@ -1,4 +1,4 @@
-"""An ensemble folder with the bridges, the student and the exits beside it, loaded and checked together."""
+"""An ensemble folder with all that stands beside it, loaded and checked together."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from torch import Tensor
 from models.backbones.bridge import BridgeNetwork
 from models.backbones.macs import count_macs
 from models.backbones.resnet import ResNet
-from models.methods.interface import Plan
+from models.methods.interface import SOURCE, Plan, exit_name
 from models.registry import BACKBONES, METHODS, resolve
 from models.store import StoreError, read_config, read_tensors, weights_digest
 from models.tasks.beside import check_source, finite, folder_beside
+from models.tasks.distance import Distance, load_distance
 from models.tasks.exits import EarlyExits, load_exits
 from models.tasks.parts import parts
 from models.uncertainty.cascade import Costs
@@ -60,7 +61,7 @@ class Student:
 class Classifier:
     """Members (the first is the source), temperatures by method, and what stands beside the ensemble.
 
-    `bridges` are served entries by method, `student` and `exits` are None where there are none.
+    `bridges` are served entries by method; `student`, `exits` and `distance` are None where there are none.
     """
 
     config: dict[str, Any]
@@ -70,6 +71,7 @@ class Classifier:
     bridges: dict[str, BridgeModel] = field(default_factory=dict)
     student: Student | None = None
     exits: EarlyExits | None = None
+    distance: Distance | None = None
 
     @property
     def bridge(self) -> BridgeModel | None:
@@ -91,12 +93,12 @@ class Classifier:
         """Digest of every file that is served."""
         files = [self.config["files"][name] for name in self.config["members"]]
         files += [digest for bridge in self.bridges.values() for digest in bridge.digests]
-        files += [beside.sha256 for beside in (self.student, self.exits) if beside]
+        files += [beside.sha256 for beside in (self.student, self.exits, self.distance) if beside]
         return _digest(sorted({*files}))
 
     @property
     def fingerprint(self) -> str:
-        """Digest of all that its probabilities depend on: weights, preprocessing, temperatures, what is served, and
+        """Digest of all that its answers depend on: weights, preprocessing, temperatures, what is served, and
         what a cascade starts with where that is not the bridge."""
         bridges = {
             name: [b.digests, b.evaluations, b.source_weight, b.softening, b.temperature]
@@ -104,12 +106,20 @@ class Classifier:
         }
         student = self.student and [self.student.sha256, self.student.temperature]
         exits = [self.exits.facts(), self.cheap] if self.exits else []
-        return _digest([self.weights, self.config["network"], self.temperatures, bridges, student, *exits])
+        distance = [self.distance.sha256] if self.distance else []
+        return _digest([self.weights, self.config["network"], self.temperatures, bridges, student, *exits, *distance])
 
     def plans(self) -> dict[str, Plan]:
         """What a row of each method runs, at most: every method whose networks are here."""
         found = {name: resolve(METHODS, name).plan(self) for name in METHODS}
         return {name: plan for name, plan in found.items() if plan is not None}
+
+    def measured(self) -> frozenset[str]:
+        """Methods whose answers know the feature distance: the source runs, or exits that see its tap."""
+        by_exits = self.exits is not None and self.exits.measures
+        starts = {name: plan.networks[0] for name, plan in self.plans().items()} if self.distance else {}
+        first = {SOURCE, exit_name(1)} if by_exits else {SOURCE}
+        return frozenset(name for name, network in starts.items() if network in first)
 
     def costs(self) -> dict[str, float]:
         """Conv + linear MACs of each method relative to `single`; of `cascade` and `exits` the most possible."""
@@ -237,9 +247,12 @@ def load_student(folder: Path, ensemble: dict[str, Any]) -> Student:
 
 
 def load_classifier(folder: Path) -> Classifier:
-    """An ensemble folder with the bridges, the student and the exits beside it."""
+    """An ensemble folder with what stands beside it."""
     config, members = read_config(folder, "ensemble"), load_members(folder)
     bridges, student, exits = (folder_beside(folder, kind) for kind in ("bridge", "student", "exits"))
+    beside = folder_beside(folder, "distance")
+    distance = load_distance(beside, config, members[0]) if beside else None
+    network = distance.network if distance else None
     return Classifier(
         config=config,
         weights=weights_digest(config["files"]),
@@ -247,5 +260,6 @@ def load_classifier(folder: Path) -> Classifier:
         temperatures=config.get("temperatures", {"single": 1.0, "ensemble": 1.0}),
         bridges=load_bridges(bridges, config, members[0]) if bridges else {},
         student=load_student(student, config) if student else None,
-        exits=load_exits(exits, config, members[0]) if exits else None,
+        exits=load_exits(exits, config, members[0], distance=network) if exits else None,
+        distance=distance,
     )

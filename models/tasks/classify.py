@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class ClassifyTask:
         height, width, channels = info.image
         self.pixels = torch.zeros(cells, channels, height, width, device=device)
         with torch.inference_mode():
-            tap, features, logits = networks[SOURCE](self.pixels[:1])
+            tap, features, logits, *_ = networks[SOURCE](self.pixels[:1])
         columns = max((len(bridge.networks) for bridge in classifier.bridges.values()), default=0)
         self.taps = torch.zeros(cells, *tap.shape[1:], device=device)
         self.features = torch.zeros(cells, *features.shape[1:], device=device)
@@ -68,6 +69,7 @@ class ClassifyTask:
         self.z = torch.zeros(cells, columns, *logits.shape[1:], device=device)
         self.stages = room(networks, self.plans.get("exits"), self.pixels)
         self.heads = torch.zeros(cells, *logits.shape[1:], device=device)
+        self.far = torch.full((cells,), math.nan, device=device)
         self.method, self.terms = [""] * cells, [Terms()] * cells
         self.alpha, self.draw = np.full(capacity, np.nan), np.zeros(capacity)
         self.done, self.urgent = np.zeros(cells, np.int64), np.zeros(cells, bool)
@@ -88,6 +90,7 @@ class ClassifyTask:
                 raise UserError(f"image {i} has {len(work.images[i])} bytes, {self.info.name} takes {shape}", "images")
         images = np.stack([np.frombuffer(work.images[i], np.uint8).reshape(shape) for i in indices])
         self.pixels[torch.as_tensor(slots, device=self.device)] = to_pixels(images).to(self.device)
+        self.far[list(slots)] = math.nan
         self.done[list(slots)], self.urgent[list(slots)] = 0, False
         self.alpha[list(slots)] = np.nan if work.alpha is None else work.alpha
         self.draw[list(slots)] = uniforms(work.images[i] for i in indices)
@@ -102,9 +105,11 @@ class ClassifyTask:
         return [len(plan.calls)] * len(slots)
 
     def _source(self, slots: Sequence[int]) -> None:
-        """The source's forward: tap, features, logits, and where bridges start."""
+        """The source's forward: tap, features, logits, distance, and where bridges start."""
         rows = torch.as_tensor(slots, device=self.device)
-        self.taps[rows], self.features[rows], logits = self.networks[SOURCE](self.pixels[rows])
+        self.taps[rows], self.features[rows], logits, *far = self.networks[SOURCE](self.pixels[rows])
+        if far:
+            self.far[rows] = far[0]
         self.logits[rows, 0] = logits
         self.z[rows] = source(logits, self.softening)[:, None]
 
@@ -152,10 +157,15 @@ class ClassifyTask:
         held = {slot: self.stage.images[slot].row for slot in slots if slot in self.stage.images}
         made: dict[int, ClassifiedRow] = {slot: row for slot, row in held.items() if row is not None}
         for name, rows in self._by_method([slot for slot in slots if slot not in held]).items():
-            for part in self.methods[name].answer(self, rows):
+            for part in map(self._with_distance, self.methods[name].answer(self, rows)):
                 for i, slot in enumerate(part.slots.tolist()):
                     made[slot] = self._row(slot, part, i)
         return [made[slot] for slot in slots]
+
+    def _with_distance(self, part: Answer) -> Answer:
+        """The same, with the feature distance where it was measured."""
+        far = self.far[torch.as_tensor(part.slots, device=self.device)].double().cpu().numpy()
+        return part if np.isnan(far).any() else replace(part, scores=part.scores | {"feature_distance": far})
 
     def _row(self, slot: int, part: Answer, i: int) -> ClassifiedRow:
         """Row i of a part, with what its terms promise."""
@@ -236,6 +246,7 @@ def load(
         calls=calls,
         decisions=decisions,
         sets=sets,
+        foreign=decision_rule(calibration.foreign) if calibration.foreign else None,
         cascade=router.catalogue() if router else (),
         purifier=purifying,
         default_method=default_method(config, costs),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.backbones.bridge import BridgeNetwork
+from models.backbones.distance import FeatureDistance
 from models.backbones.early_exits import ExitStage
 from models.backbones.resnet import ResNet
 from models.backends.parts import Part, Program
@@ -25,7 +27,8 @@ def parts(classifier: Classifier) -> list[Part]:
     """The source first: pixels -> tap, pooled features, logits; members and student: pixels -> logits.
 
     Bridges: tap, z, step, features -> u. Exits: pixels, or what the exit before left -> that for the next, logits;
-    the last one leaves the source's own logits.
+    the last one leaves the source's own logits. Where the classifier has a distance, the source and a first exit that
+    sees the tap also return it.
     Examples lie where the source's weights lie.
     """
     first, *others = classifier.members
@@ -37,11 +40,15 @@ def parts(classifier: Classifier) -> list[Part]:
 
     def state(rows: int, steps: int) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            tap, features, logits = see(first)(*pixels(rows))
+            tap, features, logits, *_ = see(first)(*pixels(rows))
         step = 1 + torch.arange(rows, device=logits.device) % steps
         return tap, source(logits, classifier.softening), step, features
 
     found = [Part(SOURCE, see(first), ("x",), ("tap", "features", "logits"), pixels, first)]
+    if classifier.distance is not None:
+        far = classifier.distance.network
+        outputs = (*found[0].outputs, "distance")
+        found = [replace(found[0], run=see(first, far), outputs=outputs, network=nn.ModuleList([first, far]))]
     direct = {member_name(i): member for i, member in enumerate(others, 1)}
     if classifier.student is not None:
         direct[STUDENT] = classifier.student.network
@@ -61,19 +68,20 @@ def exits(served: EarlyExits, pixels: Callable[[int], tuple[Tensor, ...]]) -> li
     found, before = [], pixels
     for stage, network in zip(served.stages, served.networks, strict=True):
         last = stage == served.stages[-1]
-        outputs = ("source_logits" if last else "h", "logits")
+        outputs = ("source_logits" if last else "h", "logits", *(["distance"] if network.distance else []))
         found.append(Part(exit_name(stage), answer(network) if last else network, ("x",), outputs, before, network))
         before = partial(left_by, network, before)
     return found
 
 
-def see(network: ResNet) -> Program:
-    """The source as a function of pixels."""
+def see(network: ResNet, distance: FeatureDistance | None = None) -> Program:
+    """The source as a function of pixels, with the distance of its tap."""
 
-    def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def run(x: Tensor) -> tuple[Tensor, ...]:
         tap = network.tap(x)
         features = network.features(tap)
-        return tap, features, network.fc(features)
+        seen = tap, features, network.fc(features)
+        return seen if distance is None else (*seen, distance(tap))
 
     return run
 
@@ -92,7 +100,7 @@ def answer(network: ExitStage) -> Program:
     """The last exit as a function of what came before: the source's logits, the head's."""
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        h, logits = network(x)
+        h, logits, *_ = network(x)
         return network.stages.source.fc(h.mean(dim=(2, 3))), logits
 
     return run

@@ -13,7 +13,18 @@ from models.backends.interface import Place, relative_error
 from models.tasks.classifier import load_classifier
 from models.tasks.classify import load
 from models.tasks.parts import parts
-from tests.models.classifiers import IMAGES, LIGHT, SHAPE, make_zoo, run, served, work, write_bridges, write_student
+from tests.models.classifiers import (
+    IMAGES,
+    LIGHT,
+    SHAPE,
+    make_zoo,
+    run,
+    served,
+    work,
+    write_bridges,
+    write_distance,
+    write_student,
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +35,7 @@ def folder(tmp_path_factory):
     entries = {"bridge": served(["plain"], 5), "bridges": served(["plain", "seeing"], 1, 0.2)}
     write_bridges(root, entries, {"plain": LIGHT, "seeing": seeing})
     write_student(root)
+    write_distance(root)
     return folder
 
 
@@ -42,6 +54,7 @@ def same_answers(task, eager):
         rows, expected = (run(t, work(method, *IMAGES[:5])) for t in (task, eager))
         for row, wanted in zip(rows, expected, strict=True):
             assert row.probabilities == pytest.approx(wanted.probabilities, rel=1e-3, abs=1e-5), method
+            assert row.uncertainty == pytest.approx(wanted.uncertainty, rel=1e-3, abs=1e-4), method
 
 
 def test_exports_answer_as_eager_and_are_kept(folder, eager, cache):

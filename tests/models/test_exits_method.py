@@ -13,13 +13,14 @@ from models.store import StoreError, read_config, sha256, write_json, write_mode
 from models.tasks.classifier import load_classifier, to_pixels
 from models.tasks.classify import load
 from models.training.data import Split
-from tests.models.classifiers import IMAGES, LEAVING, make_zoo, run, work, write_exits
+from tests.models.classifiers import IMAGES, LEAVING, make_zoo, run, work, write_distance, write_exits
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = make_zoo(tmp_path_factory.mktemp("zoo"), evaluations=1, members=2)
     write_exits(folder.parent)
+    write_distance(folder.parent)
     return folder
 
 
@@ -87,6 +88,7 @@ def test_a_backend_answers_the_same(task, folder, tmp_path):
     assert exported.info.backend.startswith("onnx: ")
     for row, wanted in zip(*(run(t, work("exits", *IMAGES)) for t in (exported, task)), strict=True):
         assert row.exit == wanted.exit
+        assert row.uncertainty == pytest.approx(wanted.uncertainty, rel=1e-3, abs=1e-4)
         assert row.probabilities == pytest.approx(wanted.probabilities, rel=1e-3, abs=1e-5)
 
 
@@ -153,8 +155,8 @@ def test_the_evaluations_row_is_what_is_served(folder):
     np.testing.assert_allclose(np.exp(leaving.leave(exits, split, batch=40)[0]), found.p["exits"], atol=1e-5)
     counter = Counter(classifier.members, None, (28, 28, 1))
     cost = leaving.cost_of_exits(counter, exits, found.left)
-    assert cost.macs == pytest.approx(np.mean([classifier.exits.costs[k] for k in found.left]))
+    assert cost.macs == pytest.approx(np.mean([exits.costs[k] for k in found.left]))
     assert set(cost.times) == {1, 32}
     assert min(cost.times.values()) > 0
-    held = {id(p): p.numel() for e in classifier.exits.networks for p in e.parameters()}
+    held = {id(p): p.numel() for e in exits.networks for p in e.parameters()}
     assert cost.parameters == pytest.approx(sum(held.values()) / parameters(classifier.members[0]))

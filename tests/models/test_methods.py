@@ -28,6 +28,7 @@ from tests.models.classifiers import (
     served,
     work,
     write_bridges,
+    write_distance,
     write_student,
 )
 from tests.models.purifiers import write_purifier
@@ -38,10 +39,12 @@ def split(n, seed):
     return Split(rng.integers(0, 256, (n, 28, 28, 1), dtype=np.uint8), rng.integers(0, 3, n))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=["without a distance", "with a distance"])
+def folder(tmp_path_factory, request):
     folder = make_whole_zoo(tmp_path_factory.mktemp("zoo"))
     write_purifier(folder.parent)
+    if request.param == "with a distance":
+        write_distance(folder.parent)
     classifier = load_classifier(folder)
     halves = run_split(classifier, split(60, 1)), run_split(classifier, split(80, 2))
     write_calibration(folder, classifier, calibrate(classifier, *halves, Target("escalate_share", 0.3), 0.1))
