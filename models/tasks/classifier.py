@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,8 @@ from models.backbones.macs import count_macs
 from models.backbones.resnet import ResNet
 from models.methods.interface import SOURCE, Plan, exit_name
 from models.registry import BACKBONES, METHODS, resolve
-from models.store import StoreError, read_config, read_tensors, weights_digest
-from models.tasks.beside import check_source, finite, folder_beside
+from models.store import StoreError, read_config, weights_digest
+from models.tasks.beside import check_source, filled, folder_beside, number
 from models.tasks.distance import Distance, load_distance
 from models.tasks.exits import EarlyExits, load_exits
 from models.tasks.parts import parts
@@ -90,11 +91,11 @@ class Classifier:
 
     @property
     def networks_digest(self) -> str:
-        """Digest of every file that is served."""
+        """Digest of every file that is served, and of which stages of the source have an exit."""
         files = [self.config["files"][name] for name in self.config["members"]]
         files += [digest for bridge in self.bridges.values() for digest in bridge.digests]
         files += [beside.sha256 for beside in (self.student, self.exits, self.distance) if beside]
-        return _digest(sorted({*files}))
+        return _digest([sorted({*files}), self.exits.stages if self.exits else []])
 
     @property
     def fingerprint(self) -> str:
@@ -123,8 +124,7 @@ class Classifier:
 
     def costs(self) -> dict[str, float]:
         """Conv + linear MACs of each method relative to `single`; of `cascade` and `exits` the most possible."""
-        macs = self.macs()
-        return {name: plan.cost(macs) for name, plan in self.plans().items()}
+        return {name: plan.cost(self.macs) for name, plan in self.plans().items()}
 
     def cascade_costs(self) -> Costs:
         """What an image costs by the method that a cascade starts with, and on top when the other members run.
@@ -136,6 +136,7 @@ class Classifier:
         cheap = self.exits.expected_cost if self.exits else costs["bridge"]
         return Costs(cheap, costs["cascade"] - cheap)
 
+    @cached_property
     def macs(self) -> dict[str, int]:
         """Conv + linear MACs of every network on one image."""
         return {part.name: count_macs(part.network, partial(part.run, *part.example(1))) for part in parts(self)}
@@ -156,22 +157,14 @@ def load_members(folder: Path) -> list[ResNet]:
     members = []
     for name in config["members"]:
         member: ResNet = resolve(BACKBONES, config["backbone"]).from_config(config["network"])
-        member.load_state_dict(finite(folder / name, read_tensors(folder, name, config["files"])))
-        members.append(member.eval().requires_grad_(False))
+        members.append(filled(member, folder, config, name))
     return members
 
 
 def load_bridge_network(folder: Path, config: dict[str, Any], name: str) -> BridgeNetwork:
     """One network of a bridge folder, eval mode, float32."""
     network: BridgeNetwork = resolve(BACKBONES, config["backbone"]).from_config(config["networks"][name]["network"])
-    file = f"{name}.safetensors"
-    network.load_state_dict(finite(folder / file, read_tensors(folder, file, config["files"])))
-    return network.eval().requires_grad_(False)
-
-
-def bridge_folder(ensemble: Path) -> Path | None:
-    """The folder of bridges that start from the ensemble's source."""
-    return folder_beside(ensemble, "bridge")
+    return filled(network, folder, config, f"{name}.safetensors", f"networks.{name} of config.json")
 
 
 def load_bridges(folder: Path, ensemble: dict[str, Any], source: ResNet) -> dict[str, BridgeModel]:
@@ -218,14 +211,12 @@ def served(folder: Path, method: str, config: dict[str, Any], networks: dict[str
             raise StoreError(f"{where}: evaluations must be 1 or {network.config.steps}, what {name} was trained for")
     if not own or len(own) < len(entry["networks"]):
         raise StoreError(f"{where}: networks must be one or more, each once")
-    if not entry["source_weight"] < 1.0 or not entry["temperature"] > 0.0:
-        raise StoreError(f"{where}: source_weight must be below 1, temperature above 0")
     return BridgeModel(
         networks=own,
         evaluations=entry["evaluations"],
-        source_weight=entry["source_weight"],
-        softening=config["softening"],
-        temperature=entry["temperature"],
+        source_weight=number(f"{where}.", entry, "source_weight", -math.inf, 1.0),
+        softening=number(f"{folder}/config.json: ", config, "softening"),
+        temperature=number(f"{where}.", entry, "temperature"),
         digests=tuple(config["files"][f"{name}.safetensors"] for name in own),
     )
 
@@ -237,18 +228,20 @@ def load_student(folder: Path, ensemble: dict[str, Any]) -> Student:
         for key in ("labels", "image"):
             if config[key] != ensemble[key]:
                 raise StoreError(f"{folder}/config.json: {key} is not that of {ensemble['name']}: distil it again")
-        file, temperature = config["serve"], float(config["temperature"])
+        file, temperature = config["serve"], number(f"{folder}/config.json: ", config, "temperature")
         network: ResNet = resolve(BACKBONES, config["backbone"]).from_config(config["network"])
         sha256 = config["files"][file]
     except (KeyError, TypeError) as error:
         raise StoreError(f"{folder}/config.json: missing or malformed: {error!r}; distil it again") from error
-    network.load_state_dict(finite(folder / file, read_tensors(folder, file, config["files"])))
-    return Student(network.eval().requires_grad_(False), temperature, sha256)
+    return Student(filled(network, folder, config, file), temperature, sha256)
 
 
 def load_classifier(folder: Path) -> Classifier:
     """An ensemble folder with what stands beside it."""
     config, members = read_config(folder, "ensemble"), load_members(folder)
+    heat = config.get("temperatures", {"single": 1.0, "ensemble": 1.0})
+    where = f"{folder}/config.json: temperatures."
+    temperatures = {name: number(where, heat, name) for name in ("single", "ensemble")}
     bridges, student, exits = (folder_beside(folder, kind) for kind in ("bridge", "student", "exits"))
     beside = folder_beside(folder, "distance")
     distance = load_distance(beside, config, members[0]) if beside else None
@@ -257,7 +250,7 @@ def load_classifier(folder: Path) -> Classifier:
         config=config,
         weights=weights_digest(config["files"]),
         members=members,
-        temperatures=config.get("temperatures", {"single": 1.0, "ensemble": 1.0}),
+        temperatures=temperatures,
         bridges=load_bridges(bridges, config, members[0]) if bridges else {},
         student=load_student(student, config) if student else None,
         exits=load_exits(exits, config, members[0], distance=network) if exits else None,

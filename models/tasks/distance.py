@@ -8,8 +8,8 @@ from typing import Any
 
 from models.backbones.distance import FeatureDistance
 from models.backbones.resnet import ResNet
-from models.store import StoreError, read_config, read_tensors
-from models.tasks.beside import check_source, finite
+from models.store import StoreError, read_config
+from models.tasks.beside import check_source, filled
 
 FILE = "distance.safetensors"
 
@@ -32,12 +32,9 @@ def load_distance(folder: Path, ensemble: dict[str, Any], source: ResNet) -> Dis
     try:
         check_source(folder, config["source"], ensemble, "distance")
         network = FeatureDistance(source.config.width, config["fields"], source.fc.out_features)
-        tensors, sha256 = finite(folder / FILE, read_tensors(folder, FILE, config["files"])), config["files"][FILE]
+        network = filled(network, folder, config, FILE, "the source, or `fields` of config.json")
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"{folder}/config.json: missing or malformed: {error!r}; fit the distance again") from error
-    if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in network.state_dict().items()}:
-        raise StoreError(f"{folder / FILE} does not fit the source, or `fields` of config.json: fit the distance again")
-    network.load_state_dict(tensors)
-    return Distance(network.eval().requires_grad_(False), sha256)
+    return Distance(network, config["files"][FILE])

@@ -15,8 +15,8 @@ from torch import Tensor
 from models.backbones.distance import FeatureDistance
 from models.backbones.early_exits import STAGES, ExitHeads, ExitStage, count
 from models.backbones.resnet import ResNet
-from models.store import StoreError, read_config, read_tensors
-from models.tasks.beside import check_source, finite
+from models.store import StoreError, read_config
+from models.tasks.beside import check_source, filled
 from models.uncertainty.early_exit import Floats, Ints, confidences, mixture, route
 
 
@@ -111,12 +111,7 @@ def load_exits(
 def load_heads(folder: Path, config: dict[str, Any], name: str, source: ResNet) -> ExitHeads:
     """The heads `name` of a folder, eval mode, float32; StoreError where they do not fit."""
     heads, file = ExitHeads(source.config, **config["heads"]), f"{name}.safetensors"
-    tensors = finite(folder / file, read_tensors(folder, file, config["files"]))
-    expected = {key: value.shape for key, value in heads.state_dict().items()}
-    if {key: value.shape for key, value in tensors.items()} != expected:
-        raise StoreError(f"{folder / file} does not fit the source, or `heads` of config.json: train the heads again")
-    heads.load_state_dict(tensors)
-    return heads.eval().requires_grad_(False)
+    return filled(heads, folder, config, file, "the source, or `heads` of config.json")
 
 
 def entry_of(

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from models.api import Runtime
 from models.backbones.bridge import BridgeNetwork
 from models.backbones.distance import FeatureDistance
 from models.backbones.early_exits import ExitStage
+from models.backbones.folding import fold
 from models.backbones.resnet import ResNet
+from models.backends.independent import Programs, build
+from models.backends.interface import Place
 from models.backends.parts import Part, Program
 from models.bridge.process import source
 from models.methods.interface import SOURCE, STUDENT, bridge_name, exit_name, member_name
@@ -110,3 +115,21 @@ def answer(network: ExitStage) -> Program:
 def left_by(network: ExitStage, before: Callable[[int], tuple[Tensor, ...]], rows: int) -> tuple[Tensor]:
     """What an exit leaves of the example that was `before` it."""
     return (network(*before(rows))[0],)
+
+
+def run_by(classifier: Classifier, slots: int, device: torch.device, runtime: Runtime) -> tuple[Programs, str]:
+    """Programs of the networks, their BatchNorms folded, and a note on what runs them.
+
+    Channels last is the faster layout of small convolutions on CPUs; bits of a row may depend on it, numbers do not.
+    """
+    found = parts(classifier)
+    for part in found:
+        fold(part.network).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    place = Place(
+        weights=classifier.networks_digest,
+        rows=max(slots, 2),
+        device=device,
+        cache=Path(runtime.cache),
+        budget_s=runtime.budget_s,
+    )
+    return build(runtime.backend, found, place)

@@ -35,7 +35,8 @@ class BridgeRecipe:
     """`offramp train bridge`. `ensemble` names the model whose member 1 is the source.
 
     Every kind in `kinds` is trained with each of `seeds` seeds. `pair_teachers`: members whose mean each network of a
-    pair learns, a bridge (`bridge_pair`) or a KL regressor (`pair`). `distill`: how a bridge's student is trained. `curve`: the curves that kind `curve` needs.
+    pair learns, a bridge (`bridge_pair`) or a KL regressor (`pair`). `distill`: how a bridge's student is trained.
+    `curve`: the curves that kind `curve` needs.
     """
 
     name: str

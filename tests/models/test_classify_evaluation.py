@@ -15,7 +15,7 @@ from models.evaluation.classify_report import classify_table
 from models.evaluation.costs import Counter, cost_of_cascade, costs_of
 from models.evaluation.ensembles import load_pool, rows_of_ensembles, subsets
 from models.evaluation.metrics import deep_ensemble_equivalent, spearman
-from models.evaluation.score import Answers, Row, score
+from models.evaluation.score import Answers, TableRow, score
 from models.evaluation.uncertainty import study
 from models.tasks.classifier import load_classifier, to_pixels
 from models.training.data import Split, Splits
@@ -223,5 +223,5 @@ def test_seeds_have_intervals_and_subsets_do_not():
     answers = Answers(*(np.log(np.random.default_rng(i).dirichlet(np.ones(3), 30)) for i in (0, 1, 2)))
     one = score(answers, np.arange(30) % 3, np.arange(30) % 3)
     two = replace(one, acc=one.acc + 0.1)
-    assert {"mean", "se", "low", "high", "n"} == set(Row([one, two]).summary()["acc"])
-    assert {"mean", "se", "n"} == set(Row([one, two], [(0,), (1,)], 2).summary()["acc"])
+    assert {"mean", "se", "low", "high", "n"} == set(TableRow([one, two]).summary()["acc"])
+    assert {"mean", "se", "n"} == set(TableRow([one, two], [(0,), (1,)], 2).summary()["acc"])

@@ -60,7 +60,7 @@ def test_rows_leave_as_soon_as_they_are_sure(task, folder):
 
 def test_the_receipt_says_who_left_where_and_what_it_cost(task, folder):
     job, classifier = work("exits", *IMAGES), load_classifier(folder)
-    receipt, macs = task.receipt(job, rows := run(task, job)), classifier.macs()
+    receipt, macs = task.receipt(job, rows := run(task, job)), classifier.macs
     costs = np.cumsum([macs[f"exit-{stage}"] for stage in (1, 2, 3)]) / macs["source"]
     assert receipt["exits"] == [row.exit for row in rows]
     assert receipt["image_costs"] == pytest.approx([costs[row.exit - 1] for row in rows])
@@ -77,7 +77,7 @@ def test_a_stage_without_a_threshold_runs_no_head(tmp_path):
     rows = run(task, work("exits", *IMAGES))
     assert {row.exit for row in rows} == {1, 3}
     assert [name for name, _ in seen] == ["exit-1", "exit-3"]
-    full = load_classifier(folder).macs()
+    full = load_classifier(folder).macs
     assert max(task.receipt(work("exits", *IMAGES), rows)["image_costs"]) == pytest.approx(
         (full["exit-1"] + full["exit-3"]) / full["source"]
     )

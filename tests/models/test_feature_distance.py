@@ -187,16 +187,16 @@ def test_exits_that_do_not_see_the_tap_do_not_know_it(tmp_path):
     assert classifier.measured() == {"single", "ensemble", "bridge"}
     run(task, work("single", *IMAGES))
     assert not any("feature_distance" in row.uncertainty for row in run(task, work("exits", *IMAGES)))
-    macs = classifier.macs()
+    macs = classifier.macs
     assert classifier.exits.costs[0] == pytest.approx(macs["exit-2"] / macs["source"])
 
 
 def test_exits_pay_for_it_once(folder):
     classifier = load_classifier(folder)
-    macs, layer = classifier.macs(), classifier.distance.network.whiten.weight.numel()
+    macs, layer = classifier.macs, classifier.distance.network.whiten.weight.numel()
     costs = np.cumsum([macs[f"exit-{stage}"] for stage in (1, 2, 3)]) / macs["source"]
     assert classifier.exits.costs == pytest.approx(costs)
-    without = dataclasses.replace(classifier, distance=None).macs()
+    without = dataclasses.replace(classifier, distance=None).macs
     assert macs["source"] - without["source"] == layer
     assert [macs[f"exit-{k}"] for k in (1, 2)] == [
         count + extra for count, extra in zip(bare_exits(folder, without["source"]), (layer, 0), strict=True)
@@ -208,7 +208,7 @@ def bare_exits(folder, source):
     classifier = load_classifier(folder)
     for network in classifier.exits.networks:
         network.distance = None
-    macs = classifier.macs()
+    macs = classifier.macs
     return [macs[f"exit-{stage}"] for stage in (1, 2)]
 
 

@@ -162,7 +162,7 @@ REFUSED = {
     "no network": ({"serve": {"bridge": served([])}}, "networks must be one or more"),
     "a network twice": ({"serve": {"bridge": served(["plain", "plain"])}}, "networks must be one or more, each once"),
     "other evaluations": ({"serve": {"bridge": served(["plain"], 3)}}, "evaluations must be 1 or 5"),
-    "all of it the source": ({"serve": {"bridge": served(["plain"], 1, 1.0)}}, "source_weight must be below 1"),
+    "all of it the source": ({"serve": {"bridge": served(["plain"], 1, 1.0)}}, r"serve.bridge.source_weight must be a finite number below 1, got 1.0"),
     "no temperature": ({"serve": {"bridge": {"networks": ["plain"], "evaluations": 1}}}, "missing or malformed"),
 }
 
