@@ -234,6 +234,8 @@ class ModelInfo:
         solvers: solvers that fit the model's diffusion process (generators).
         weights: digest of the model's weights.
         methods: classify methods and their cost relative to `single` (conv + linear MACs).
+        times: classify methods and their time relative to `single`, measured once by `offramp eval classify`: eager,
+            batches of 32 test images, whatever `backend` is.
         calls: classify methods and their network calls per image (the unit of admission).
         decisions, sets: by classify method; empty for a model that was not calibrated.
         foreign: when the distance of an image's features speaks against an answer, whatever the method says of it;

@@ -157,6 +157,11 @@ LOSSES: dict[str, Loss] = {
 }
 
 
+def loss_of(run: Run) -> Loss:
+    """What a network minimises: KL where its kind has nothing of its own."""
+    return LOSSES.get(run.kind, kl_loss)
+
+
 def train_run(
     run: Run,
     recipe: BridgeRecipe,
@@ -171,7 +176,7 @@ def train_run(
     if run.kind == "distilled":
         assert start is not None
         begin_at_the_source(model, start)
-    z0, loss = goal(run, cache, midpoints or {}, start), LOSSES.get(run.kind, kl_loss)
+    z0, loss = goal(run, cache, midpoints or {}, start), loss_of(run)
     optim = recipe.distill if run.kind == "distilled" else recipe.optim
 
     def on_batch(step: int) -> Tensor:

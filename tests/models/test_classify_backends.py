@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.api import Runtime
-from models.backends import compiled, independent
+from models.backends import compiled, independent, onnx
 from models.backends.interface import Place, relative_error
 from models.tasks.classifier import load_classifier
 from models.tasks.classify import load
@@ -23,6 +23,7 @@ from tests.models.classifiers import (
     work,
     write_bridges,
     write_distance,
+    write_exits,
     write_student,
 )
 
@@ -65,6 +66,26 @@ def test_exports_answer_as_eager_and_are_kept(folder, eager, cache):
     again = load(folder, 12, "cpu", Runtime(backend="onnx", cache=str(cache)))
     assert f"{count} networks (0 exported)" in again.info.backend
     assert len({path.parent for path in cache.rglob("*.onnx")}) == 1
+
+
+def test_exits_that_move_are_exported_again(tmp_path):
+    folder, cache = make_zoo(tmp_path, members=1), str(tmp_path / "cache")
+    write_exits(tmp_path)
+    load(folder, 12, "cpu", Runtime(backend="onnx", cache=cache))
+    write_exits(tmp_path, thresholds=[None, 0.665])
+    moved = load(folder, 12, "cpu", Runtime(backend="onnx", cache=cache))
+    assert moved.info.backend.startswith("onnx: CPUExecutionProvider")
+    same_answers(moved, load(folder, 12, "cpu"))
+
+
+def test_an_export_with_other_inputs_is_made_again(folder, tmp_path):
+    place = Place(weights="w", rows=12, device=torch.device("cpu"), cache=tmp_path)
+    member, *_, bridge = parts(load_classifier(folder))
+    onnx.Exports(place).program(dataclasses.replace(bridge, name=member.name))
+    exports = onnx.Exports(place)
+    program, x = exports.program(member), member.example(3)
+    assert exports.made == 1
+    assert max(map(relative_error, program(*x), member.run(*x))) < 1e-4
 
 
 def test_compiled_networks_answer_as_eager(tmp_path, monkeypatch):

@@ -106,7 +106,7 @@ REFUSED = {
     ),
     "other heads": ({"heads": {"grid": 3, "hidden": 6}}, "does not fit the source"),
     "no heads": ({"heads": {}}, "missing or malformed"),
-    "no such network": ({"serve": "heads-2"}, "heads-2.safetensors does not exist"),
+    "no such network": ({"serve": "heads-2"}, "files has no heads-2.safetensors"),
     "two temperatures": ({"temperatures": [1.0, 1.0]}, "3 stages need 2 thresholds, 3 temperatures"),
     "no temperature": ({"temperatures": [1.0, 0.0, 1.0]}, "temperatures must be above 0"),
     "not a threshold": ({"thresholds": [float("nan"), 0.5]}, "thresholds must be probabilities"),
