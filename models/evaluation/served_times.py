@@ -21,8 +21,8 @@ from models.training.data import Images
 
 BACKENDS = ("eager", "onnx")
 BATCHES = (32, 1)
-ALONE = 64  # images that the time of batch 1 averages over
-REPEATS = 25
+TIMED = {32: 256, 1: 64}  # images that the time of a batch averages over
+REPEATS = 15
 Times = dict[tuple[str, str, int], float]
 
 
@@ -33,13 +33,11 @@ def time_served(
     backends: Iterable[str] = BACKENDS,
     batches: Iterable[int] = BATCHES,
 ) -> Times:
-    """Seconds by method, backend and batch, of the first images (N, H, W, C), all in turns, the fastest of each.
-
-    Batches of one are the mean over the first `ALONE` images, one after the other. A backend that cannot work here is
-    left out. One thread, as a worker on two cores has.
+    """Seconds a batch by method, backend and batch, the mean over the first `TIMED` images (N, H, W, C); all in turns,
+    the fastest of each. A backend that cannot work here is left out. One thread, as a worker on two cores has.
     """
     threads = torch.get_num_threads()
-    taken = {n: [images[:n]] if n > 1 else [image[None] for image in images[:ALONE]] for n in batches}
+    taken = {n: [images[i : i + n] for i in range(0, min(TIMED[n], len(images)), n)] for n in batches}
     torch.set_num_threads(1)
     try:
         with TemporaryDirectory() as cache:
@@ -76,7 +74,7 @@ def times_table(found: Times) -> str:
     note = (
         f"From admission to the answer, one torch thread, the fastest of {REPEATS} turns, relative to `single` on the "
         f"same backend and batch, itself {base}. Methods that stop early depend on the images: these are test images, "
-        f"at batch 1 the mean over {ALONE} of them."
+        f"{TIMED[32]} of them in batches of 32, {TIMED[1]} one by one."
     )
     header = ["method", *(f"{name}, batch {batch}" for name, batch in columns)]
     return f"### Time as served\n\n{markdown(header, rows)}\n\n{note}"

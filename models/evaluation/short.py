@@ -32,6 +32,6 @@ def short_table(found: Study, macs: Mapping[str, float], times: Times, where: di
     note = (
         "As served, calibrated, on the test images; ± by bootstrap over images. MACs and time are relative to "
         "`single`, with the distance of features where it runs; time from admission to answer on one torch thread, "
-        f"{BATCHES[0]} images, the fastest of {REPEATS} turns, each backend against itself. {origin(where)}"
+        f"{BATCHES[0]} images at a time, the fastest of {REPEATS} turns, each backend against itself. {origin(where)}"
     )
     return f"{markdown([*header, *(f'time, {name}' for name in backends)], rows)}\n\n{note}"
