@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 RECIPES := models/training/recipes
-TRAIN_STEPS := diffusion:fashion-dit exits:fashion-exits exits:fashion-gears members:fashion-ensemble bridge:fashion-bridge distill:fashion-student heads:fashion-heads
+TRAIN_STEPS := diffusion:fashion-dit exits:fashion-exits exits:fashion-gears members:fashion-ensemble bridge:fashion-bridge distill:fashion-student heads:fashion-heads distance:fashion-distance
 DATA ?= /usr/share/datasets/fashion-mnist
 OUT ?= out
 

@@ -239,8 +239,12 @@ class ModelInfo:
         solvers: solvers that fit the model's diffusion process (generators).
         weights: digest of the model's weights.
         methods: classify methods and their cost relative to `single` (conv + linear MACs).
+        times: classify methods and their time relative to `single`, measured once by `offramp eval classify`: eager,
+            batches of 32 test images, whatever `backend` is.
         calls: classify methods and their network calls per image (the unit of admission).
         decisions, sets: by classify method; empty for a model that was not calibrated.
+        foreign: when the distance of an image's features speaks against an answer, whatever the method says of it;
+            None where it is not measured.
         cascade: points of method `cascade`, by rising cost.
         purifier: what `purify` runs; None where images cannot be purified.
     """
@@ -261,6 +265,7 @@ class ModelInfo:
     calls: dict[str, int] = field(default_factory=dict)
     decisions: dict[str, DecisionRule] = field(default_factory=dict)
     sets: dict[str, SetRule] = field(default_factory=dict)
+    foreign: DecisionRule | None = None
     cascade: tuple[CascadePoint, ...] = ()
     purifier: PurifierInfo | None = None
     default_method: str = ""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.backbones.distance import FeatureDistance
 from models.backbones.macs import count_macs
 from models.backbones.resnet import ResNet, ResNetConfig
 
@@ -76,45 +77,52 @@ class ExitHeads(nn.Module):
 
 
 class ExitStage(nn.Module):
-    """Stages `first` .. `last` of the source and the head after them."""
+    """Stages `first` .. `last` of the source and the head after them; `distance` where they end in the tap."""
 
-    def __init__(self, source: ResNet, heads: ExitHeads, first: int, last: int) -> None:
+    def __init__(
+        self, source: ResNet, heads: ExitHeads, first: int, last: int, distance: FeatureDistance | None = None
+    ) -> None:
         super().__init__()
         self.stages, self.head, self.pool = Stages(source, first, last), heads.heads[last], heads.pool
+        self.distance = distance
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels, or what the exit before left -> the last stage's output (N, C, H, W), logits (N, K)."""
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Pixels, or what the exit before left -> the last stage's output (N, C, H, W), logits (N, K), and the
+        distance (N,) where there is one."""
         h = self.stages(x)
-        return h, self.head(self.pool(h))
+        far = () if self.distance is None else (self.distance(h),)
+        return h, self.head(self.pool(h)), *far
 
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates of one image: three stages, the head on each, and the source's own last layer."""
+    """Multiply-accumulates of one image: three stages, the head on each, the source's own last layer, and the distance
+    of its tap, 0 without one."""
 
     stages: tuple[int, ...]
     heads: tuple[int, ...]
     last: int
+    distance: int = 0
 
     @property
     def single(self) -> int:
-        """One forward of the source."""
-        return sum(self.stages) + self.last
+        """One forward of the source, with the distance."""
+        return sum(self.stages) + self.last + self.distance
 
-    def costs(self, used: Sequence[bool], end: float = 0.0) -> NDArray[np.float64]:
+    def costs(self, used: Sequence[bool], end: float = 0.0, start: float = 0.0) -> NDArray[np.float64]:
         """Cost (3,) of leaving at each stage when only heads of `used` stages run.
 
-        An unused third head is the source's own last layer. `end` is what the last answer costs on top.
+        An unused third head is the source's own last layer. `start` is what every answer costs on top, `end` the last.
         """
         heads = [h * u for h, u in zip(self.heads, used, strict=True)]
         total = np.cumsum(self.stages) + np.cumsum(heads)
-        found: NDArray[np.float64] = total / self.single
+        found: NDArray[np.float64] = total / self.single + start
         found[-1] += (0 if used[-1] else self.last) / self.single + end
         return found
 
 
 @torch.no_grad()
-def count(source: ResNet, exits: ExitHeads, x: Tensor) -> Macs:
+def count(source: ResNet, exits: ExitHeads, x: Tensor, distance: FeatureDistance | None = None) -> Macs:
     """Count on one image (1, C, H, W)."""
     parts, heads, h = [], [], x
     for stage, head in zip(stages(source), exits.heads, strict=True):
@@ -122,4 +130,5 @@ def count(source: ResNet, exits: ExitHeads, x: Tensor) -> Macs:
         parts.append(count_macs(source, lambda stage=stage, before=before: stage(before)))  # type: ignore[misc]
         h = stage(h)
         heads.append(count_macs(head, lambda head=head, h=h: head(exits.pool(h))))  # type: ignore[misc]
-    return Macs(tuple(parts), tuple(heads), source.fc.in_features * source.fc.out_features)
+    far = 0 if distance is None else count_macs(distance, lambda: distance(source.tap(x)))
+    return Macs(tuple(parts), tuple(heads), source.fc.in_features * source.fc.out_features, far)

@@ -131,8 +131,11 @@ class Exports:
     def _check(self, part: Part, program: Program, path: Path) -> None:
         """Against the network as it is: its code or settings may have changed where its weights did not."""
         given = part.example(2)
-        with torch.no_grad():
-            error = max(map(relative_error, program(*given), part.run(*given)))
+        try:
+            with torch.no_grad():
+                error = max(map(relative_error, program(*given), part.run(*given)))
+        except Exception as problem:  # inputs or outputs that the part no longer has
+            raise BadExport(f"{path} does not run as {part.name}: {problem}") from problem
         if not error <= TOLERANCE:
             raise BadExport(f"{path} differs from the network by {error:.1e}")
 

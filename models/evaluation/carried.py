@@ -1,7 +1,7 @@
 """Networks that answer for an ensemble: bridges and regressors on the source's tap, and students without it.
 
-Rows follow Kim et al. (ICLR 2024): DBN x1, and x2 for pairs whose teachers share the source; regressors of the same
-size; bridge networks (Yun et al., ICML 2023); students.
+Rows follow Kim et al. (ICLR 2024): DBN x1, and x2 for pairs of bridges whose teachers share the source; regressors of
+the same size, alone and in such pairs; bridge networks (Yun et al., ICML 2023); students.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from models.tasks.beside import check_source, folder_beside
 from models.tasks.classifier import load_bridge_network
 
 ALONE = {"distilled": "DBN x1, distilled", "mse": "regressor, MSE", "kl": "regressor, KL"}
-KINDS = ("bridge", *ALONE, "pair", "curve")
+PAIRS = {"bridge_pair": "DBN x{}", "pair": "regressors x{}, KL"}
+KINDS = ("bridge", *ALONE, *PAIRS, "curve")
 Call = tuple[str, int]  # a network and how often it is evaluated; a student runs once
 
 
@@ -65,9 +66,10 @@ def ways(entries: dict[str, Any]) -> dict[str, list[Way]]:
 
     for kind, _, names in by_seed(entries):
         first, m = entries[names[0]], len(names)
-        if kind == "pair":
-            add(f"DBN x{m}", names)
-            add(f"DBN x{m}, corrected", names, 1, (m - 1) / (m * len(first["teachers"])))
+        if kind in PAIRS:
+            row = PAIRS[kind].format(m)
+            add(row, names)
+            add(f"{row}, corrected", names, 1, (m - 1) / (m * len(first["teachers"])))
         elif kind == "curve":
             add("bridge network", names, 1, -1.0 / m)
         else:

@@ -18,7 +18,7 @@ from models.evaluation.carried import Call, Carried, load_carried
 from models.evaluation.ensembles import load_pool, rows_of_ensembles
 from models.evaluation.leaving import answers_of, load_seeds
 from models.evaluation.metrics import deep_ensemble_equivalent, interval, spearman
-from models.evaluation.score import Answers, Floats, Labels, Row, Score, ranked, score
+from models.evaluation.score import Answers, Floats, Labels, Score, TableRow, ranked, score
 from models.evaluation.uncertainty import Study
 from models.store import read_config
 from models.tasks.classifier import to_pixels
@@ -83,7 +83,7 @@ class Evaluation:
     """What the table shows. `dee` calibrated and `dee_raw` by row; `recovered` by row and goal ("DE-3"): the share of
     the calibrated-NLL gap from the source to that ensemble; `curve`: calibrated NLL of DE-m by m."""
 
-    rows: dict[str, Row]
+    rows: dict[str, TableRow]
     dee: dict[str, dict[str, float]]
     dee_raw: dict[str, dict[str, float]]
     recovered: dict[str, dict[str, dict[str, float]]]
@@ -121,11 +121,11 @@ def evaluate(
         name: [Answers(**{k: way.combine(s.calls, s.members[:, 0]) for k, s in seen.items()}) for way in ways]
         for name, ways in carried.rows.items()
     }
-    rows |= {name: Row([scored(answers) for answers in runs]) for name, runs in answered.items()}
+    rows |= {name: TableRow([scored(answers) for answers in runs]) for name, runs in answered.items()}
     if exits := load_seeds(ensemble, pool[0]):
-        rows["exits"] = Row([scored(answers_of(e, parts)) for e in exits])
+        rows["exits"] = TableRow([scored(answers_of(e, parts)) for e in exits])
     if found and "cascade" in found.test.p:
-        rows["cascade"] = Row([scored(served_answers(found, "cascade", parts))])
+        rows["cascade"] = TableRow([scored(served_answers(found, "cascade", parts))])
     spread = spreads(seen, splits.test.labels, served, rows["source"].scores[0].temperature)
     return compared(rows, served, spread)
 
@@ -135,7 +135,7 @@ def served_answers(found: Study, method: str, parts: dict[str, Split]) -> Answer
     return Answers(**{name: np.log(np.maximum(getattr(found, name).p[method], 1e-12)) for name in parts})
 
 
-def compared(rows: dict[str, Row], served: int, spread: dict[str, Any] | None = None) -> Evaluation:
+def compared(rows: dict[str, TableRow], served: int, spread: dict[str, Any] | None = None) -> Evaluation:
     """Set every row against the deep ensembles; DE-m and its curve are averaged over subsets first."""
 
     def mean(name: str, what: str) -> float:

@@ -78,10 +78,12 @@ def notes(made: Evaluation, costs: Mapping[str, Cost], where: dict[str, str]) ->
         "c: at the method's own validation temperature T*. DE-m is averaged over subsets of the pool, ± by leaving one "
         "member out at a time (jackknife); elsewhere ± is the standard error over seeds. DEE: the m of DE-m with the "
         "same cNLL (raw: NLL), which a temperature alone can raise when raw. Gaps are in cNLL, from the source. "
-        "exits: costs on test images, with the seed that is served. "
-        "DBN x1 stands on the source and one light network, x2 on two; corrected: the source's double weight taken "
-        "back. AUROC, AUPR, AURC: of entropy at T*; foreign: those images above test images. MACs, parameters and "
-        f"time are relative to the source, time the fastest of 15 turns. {origin(where)}"
+        "exits, cascade: costs on test images, as served; their MACs count the distance of features, where there is "
+        "one, on both sides, their time on theirs. "
+        "DBN x1 stands on the source and one light network, x2 on two, all trained as bridges of T steps; x2 takes one "
+        "evaluation of each. regressors: the same networks trained for one evaluation. corrected: the source's double "
+        "weight taken back. AUROC, AUPR, AURC: of entropy at T*; foreign: those images above test images. MACs, "
+        f"parameters and time are relative to the source, time the fastest of 15 turns. {origin(where)}"
     )
     return " ".join(said)
 

@@ -7,14 +7,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.backbones.macs import count_macs
 from models.evaluation.carried import Carried, Way
+from models.evaluation.served import Outputs
 from models.evaluation.turns import measure_times
 from models.evaluation.uncertainty import Study, cost_of_rows, time_cascade
 from models.tasks.classifier import Classifier
+from models.tasks.contracts import Calibration
 
 BATCHES = (32, 1)
 
@@ -88,6 +91,18 @@ def costs_of(counter: Counter, batches: Iterable[int] = BATCHES) -> dict[str, Co
     found |= {name: found[first] for name, first in same.items()}
     served = f"DE-{len(counter.members)}"
     return found | {"source": found["DE-1"], "source at T*": found["DE-1"], f"{served} served": found[served]}
+
+
+def macs_on(classifier: Classifier, calibration: Calibration, rows: Outputs) -> dict[str, float]:
+    """Of each served method on a split, relative to the source: `exits` as its images left, `cascade` at its default
+    point."""
+    costs = classifier.costs()
+    if classifier.exits is not None:
+        costs["exits"] = float(np.take(classifier.exits.costs, rows.left).mean())
+    if (router := calibration.router) is not None:
+        _, escalated = rows.cascaded(router, router.pick(None))
+        costs["cascade"] = cost_of_rows(classifier, rows, escalated)
+    return costs
 
 
 def cost_of_cascade(counter: Counter, classifier: Classifier, found: Study, batch: int = BATCHES[0]) -> Cost | None:

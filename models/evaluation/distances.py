@@ -1,14 +1,12 @@
 """`offramp eval distances`: how far an image's features lie from those of each class, as a score of foreign images.
 
-Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks" (NeurIPS
-2018): a Gaussian per class over a layer's features; the score is the least negative log density over classes. Here
-with one covariance for all classes, as there, and with one each.
+Gaussians per class as in `uncertainty.gaussians`, on every layer, with one covariance for all classes or one each.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +14,8 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
+from models.backbones.distance import pool
 from models.backbones.resnet import ResNet
 from models.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from models.evaluation.metrics import auroc
@@ -25,37 +23,12 @@ from models.evaluation.report import find, markdown, origin, provenance
 from models.store import read_config
 from models.tasks.classifier import load_members, to_pixels
 from models.training.data import Images, Split, read, splits
+from models.uncertainty.gaussians import Gaussians
 
 Floats = NDArray[np.float64]
 FLAGGED = 0.05  # share of selection images above the threshold
 FIELDS = (1, 2, 3, 4)  # means of k x k fields of the tap
 SOME = 1000  # selection images that corruptions are shown on
-RIDGE = 1e-6
-
-
-@dataclass(frozen=True, eq=False)
-class Gaussians:
-    """One a class: means (C, D), whitening factors (C, D, D), log determinants (C,)."""
-
-    means: Floats
-    factors: Floats
-    log_det: Floats
-
-    @classmethod
-    def fit(cls, features: Floats, labels: NDArray[np.int64], shared: bool) -> Gaussians:
-        """From features (N, D); `shared`: one covariance, within classes, for all of them."""
-        classes = np.unique(labels)
-        means = np.stack([features[labels == k].mean(0) for k in classes])
-        centred = features - means[np.searchsorted(classes, labels)]
-        groups = [centred] * len(classes) if shared else [centred[labels == k] for k in classes]
-        eye = RIDGE * np.eye(features.shape[1])
-        factors = np.stack([np.linalg.cholesky(np.linalg.inv(g.T @ g / len(g) + eye)) for g in groups])
-        return cls(means, factors, -2.0 * np.log(np.diagonal(factors, axis1=1, axis2=2)).sum(1))
-
-    def distance(self, features: Floats) -> Floats:
-        """Least negative log density over classes (N,), in nats, but for a constant."""
-        each = zip(self.means, self.factors, self.log_det, strict=True)
-        return np.min([0.5 * (np.square((features - m) @ f).sum(1) + d) for m, f, d in each], axis=0)
 
 
 @torch.inference_mode()
@@ -65,8 +38,7 @@ def layers(source: ResNet, images: Images) -> dict[str, Floats]:
     for i in range(0, len(images), 1000):
         h = source.tap(to_pixels(images[i : i + 1000]))
         for k in FIELDS:
-            fields = F.adaptive_avg_pool2d(h, k).flatten(1)
-            found.setdefault(f"tap, {k} x {k} fields", []).append(fields.double().numpy())
+            found.setdefault(f"tap, {k} x {k} fields", []).append(pool(h, k).double().numpy())
         for number, block in enumerate(source.rest, 2):
             h = block(h)
             found.setdefault(f"block {number}", []).append(h.mean(dim=(2, 3)).double().numpy())

@@ -27,7 +27,7 @@ from models.tasks.classifier import Classifier, load_classifier, to_pixels
 from models.training.data import Split, Splits, splits
 from models.training.heads import Cache, Exits, HeadsRecipe, cache, train_heads, train_jointly
 from models.training.members import random_shift
-from models.uncertainty.early_exit import Curve, choose_thresholds, confidences, own_losses, route
+from models.uncertainty.early_exit import Curve, choose_confidences, confidences, own_losses, route
 from models.uncertainty.scores import fit_temperature, log_softmax, soften
 
 Model = Annotated[Path, typer.Argument(help="Ensemble folder, or the name of a model of the zoo.")]
@@ -110,7 +110,7 @@ def thresholded(
             return macs.costs([first, second, end == "head 3"], extra)
 
         curve = Curve(scores[0], np.stack(losses, 1), costs)
-        curves[end] = (curve, answers, choose_thresholds(curve, budgets))
+        curves[end] = (curve, answers, choose_confidences(curve, budgets))
     rows = []
     for budget in budgets:
         offered = [end for end in curves if budget in curves[end][2]]

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from models.evaluation.score import Answers, Floats, Row, Score
+from models.evaluation.score import Answers, Floats, Score, TableRow
 from models.registry import BACKBONES, resolve
-from models.store import read_config, read_tensors
-from models.tasks.beside import finite
+from models.store import read_config
+from models.tasks.beside import filled
 from models.uncertainty.scores import mean_log_probability
 
 MOST = 70  # subsets of one size; a pool of 8 has no more of any
@@ -22,8 +22,7 @@ MOST = 70  # subsets of one size; a pool of 8 has no more of any
 def load_network(folder: Path, config: dict[str, Any], name: str) -> Any:
     """A member or student by its file, eval mode, float32."""
     network = resolve(BACKBONES, config["backbone"]).from_config(config["network"])
-    network.load_state_dict(finite(folder / name, read_tensors(folder, name, config["files"])))
-    return network.eval().requires_grad_(False)
+    return filled(network, folder, config, name)
 
 
 def load_pool(ensemble: Path) -> list[Any]:
@@ -54,7 +53,7 @@ def averaged(members: Answers, which: tuple[int, ...]) -> Answers:
     return Answers(mean(members.selection), mean(members.test), foreign)
 
 
-def rows_of_ensembles(members: Answers, served: int, scored: Callable[[Answers], Score]) -> dict[str, Row]:
+def rows_of_ensembles(members: Answers, served: int, scored: Callable[[Answers], Score]) -> dict[str, TableRow]:
     """The source as it is and at its best temperature, DE-m up to the size served, and the one that is served.
 
     Args:
@@ -65,10 +64,10 @@ def rows_of_ensembles(members: Answers, served: int, scored: Callable[[Answers],
     n = members.test.shape[1]
     one = averaged(members, (0,))
     source = scored(one)
-    rows = {"source": Row([source]), "source at T*": Row([scored(one.softened(source.temperature))])}
+    rows = {"source": TableRow([source]), "source at T*": TableRow([scored(one.softened(source.temperature))])}
     for size in range(1, served + 1):
         chosen = subsets(n, size)
-        rows[f"DE-{size}"] = Row([scored(averaged(members, which)) for which in chosen], chosen, n)
+        rows[f"DE-{size}"] = TableRow([scored(averaged(members, which)) for which in chosen], chosen, n)
     if n > served:
-        rows[f"DE-{served} served"] = Row([scored(averaged(members, tuple(range(served))))])
+        rows[f"DE-{served} served"] = TableRow([scored(averaged(members, tuple(range(served))))])
     return rows

@@ -69,7 +69,7 @@ def time_leaving(counter: Counter, exits: EarlyExits, stay: Sequence[float], bat
         for network, n in zip(exits.networks, [len(x), *rows], strict=True):
             if not n:
                 break
-            x, logits = network(x[:n])
+            x, logits, *_ = network(x[:n])
             logits.softmax(-1).amax(-1)
 
     def ways() -> list[tuple[float, list[int]]]:

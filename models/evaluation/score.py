@@ -86,7 +86,7 @@ def ranked(positive: Floats, negative: Floats) -> float:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A method's scores, one a seed; or one for each of `subsets` of a pool of `pool` members."""
 
     scores: list[Score]

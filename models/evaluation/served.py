@@ -16,8 +16,8 @@ from models.tasks.contracts import Calibration
 from models.training.data import Split
 from models.uncertainty.cascade import combine
 from models.uncertainty.conformal import uniforms
-from models.uncertainty.contract import ABSTAIN_SHARE, TARGET, Answers, Contract, choose_rule
-from models.uncertainty.decision import Target
+from models.uncertainty.contract import ABSTAIN_SHARE, TARGET, Answers, Contract, choose_foreign, choose_rule
+from models.uncertainty.decision import Target, Thresholds
 from models.uncertainty.router import Router, Terms
 from models.uncertainty.router import fit as fit_router
 from models.uncertainty.scores import (
@@ -26,6 +26,7 @@ from models.uncertainty.scores import (
     as_uncertainty,
     describe,
     energy,
+    entropy,
     log_softmax,
     mean_log_probability,
     nll,
@@ -40,7 +41,7 @@ class Outputs:
     """Of a split's rows: labels and draws (N,), logits of the members (N, M, K), calibrated probabilities by method.
 
     `left` (N,): no. of the exit at which method `exits` answered; empty without one. `cheap`: the method that a cascade
-    starts with.
+    starts with. `far` (N,): feature distances, known to the methods `measured`; empty without any.
     """
 
     labels: NDArray[np.int64]
@@ -49,10 +50,21 @@ class Outputs:
     p: dict[str, Floats]
     left: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     cheap: str = ""
+    far: Floats = field(default_factory=lambda: np.empty(0))
+    measured: frozenset[str] = frozenset()
 
-    def answers(self, method: str) -> Answers:
-        """One method's, with what fitting needs."""
-        return Answers(self.p[method], self.labels, self.u)
+    def answers(self, method: str, foreign: Thresholds | None = None) -> Answers:
+        """One method's, with what fitting needs.
+
+        Rows are familiar below the threshold of `foreign`: the row that is the threshold is no independent draw.
+        """
+        familiar = self.far < foreign.accept if foreign and method in self.measured else None
+        return Answers(self.p[method], self.labels, self.u, familiar)
+
+    def decided(self, method: str, contract: Contract) -> NDArray[np.str_]:
+        """The decision (N,) on every row."""
+        known = {"feature_distance": self.far} if method in self.measured else {}
+        return np.array(contract.decide({"entropy": entropy(self.p[method]), **known}))
 
     def cascaded(self, router: Router, terms: Terms) -> tuple[Outputs, NDArray[np.bool_]]:
         """The same with `cascade` at one operating point, and the rows (N,) that it escalates."""
@@ -74,6 +86,8 @@ class Outputs:
             found |= against_source(p, source)
         if method == "ensemble":
             found |= among_members(log_softmax(self.logits))
+        if method in self.measured:
+            found["feature_distance"] = self.far
         return {name: as_uncertainty(name, values) for name, values in found.items()}
 
 
@@ -83,6 +97,7 @@ def run(classifier: Classifier, split: Split, batch: int = 1000) -> Outputs:
     source, student, exits = classifier.members[0], classifier.student, classifier.exits
     logits, estimates, distilled = [], {name: list[Floats]() for name in classifier.bridges}, []
     staged: list[list[Floats]] = []
+    far: list[Floats] = []
     for i in range(0, len(split), batch):
         x = to_pixels(split.images[i : i + batch])
         tap = source.tap(x)
@@ -95,6 +110,8 @@ def run(classifier: Classifier, split: Split, batch: int = 1000) -> Outputs:
                 for network in bridge.networks.values()
             ]
             estimates[name].append(torch.stack(carried, 1).double().numpy())
+        if classifier.distance is not None:
+            far.append(classifier.distance.network(tap).double().numpy())
         if student is not None:
             distilled.append(student.network(x).double().numpy())
         if exits is not None:
@@ -114,7 +131,8 @@ def run(classifier: Classifier, split: Split, batch: int = 1000) -> Outputs:
     if exits is not None:
         p["exits"], left = exits.leave([np.concatenate(answers) for answers in zip(*staged, strict=True)])
     draws = uniforms(image.tobytes() for image in split.images)
-    return Outputs(split.labels, draws, z, p, left, classifier.cheap or "")
+    distances = np.concatenate(far) if far else np.empty(0)
+    return Outputs(split.labels, draws, z, p, left, classifier.cheap or "", distances, classifier.measured())
 
 
 def likeliest(outputs: Outputs, costs: Mapping[str, float], most: float) -> str:
@@ -131,14 +149,18 @@ def calibrate(
     abstain_share: float = ABSTAIN_SHARE,
 ) -> Calibration:
     """Decisions from the selection half of validation, sets from the conformal half; the rule of sets is one for all
-    methods, chosen on the selection half with the best method at hand."""
+    methods, chosen on the selection half with the best method at hand, and so is the rule on feature distance."""
     rule = choose_rule(selection.answers("ensemble"))
-    methods = {
-        name: Contract.fit(selection.answers(name), conformal.answers(name), rule, target, abstain_share)
-        for name in selection.p
-    }
+    foreign = choose_foreign(selection.far, selection.answers("single").errors) if len(selection.far) else None
+
+    def fitted(name: str) -> Contract:
+        halves = selection.answers(name, foreign), conformal.answers(name)
+        return Contract.fit(*halves, rule, target, abstain_share, foreign)
+
+    methods = {name: fitted(name) for name in selection.p}
     if (cheap := classifier.cheap) is None:
-        return Calibration(methods)
-    halves = [(half.answers(cheap), half.answers("ensemble")) for half in (selection, conformal)]
+        return Calibration(methods, foreign=foreign)
+    halves = [(half.answers(cheap, foreign), half.answers("ensemble")) for half in (selection, conformal)]
     costs = classifier.cascade_costs()
-    return Calibration(methods, fit_router(halves[0], halves[1], costs, rule, target, abstain_share))
+    router = fit_router(halves[0], halves[1], costs, rule, target, abstain_share, foreign=foreign)
+    return Calibration(methods, router, foreign)

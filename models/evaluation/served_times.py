@@ -15,22 +15,29 @@ from models.api import Runtime
 from models.evaluation.classify import classify_images
 from models.evaluation.report import markdown
 from models.evaluation.turns import measure_times
-from models.tasks.classify import load
+from models.tasks.classify import ClassifyTask, load
 from models.tasks.contracts import Calibration
 from models.training.data import Images
 
 BACKENDS = ("eager", "onnx")
 BATCHES = (32, 1)
-REPEATS = 25
+TIMED = {32: 256, 1: 64}  # images that the time of a batch averages over
+REPEATS = 15
 Times = dict[tuple[str, str, int], float]
 
 
-def time_served(folder: Path, calibration: Calibration, images: Images, backends: Iterable[str] = BACKENDS) -> Times:
-    """Seconds by method, backend and batch, of the first images (N, H, W, C), all in turns, the fastest of each.
-
-    A backend that cannot work here is left out. One thread, as a worker on two cores has.
+def time_served(
+    folder: Path,
+    calibration: Calibration,
+    images: Images,
+    backends: Iterable[str] = BACKENDS,
+    batches: Iterable[int] = BATCHES,
+) -> Times:
+    """Seconds a batch by method, backend and batch, the mean over the first `TIMED` images (N, H, W, C); all in turns,
+    the fastest of each. A backend that cannot work here is left out. One thread, as a worker on two cores has.
     """
     threads = torch.get_num_threads()
+    taken = {n: [images[i : i + n] for i in range(0, min(TIMED[n], len(images)), n)] for n in batches}
     torch.set_num_threads(1)
     try:
         with TemporaryDirectory() as cache:
@@ -38,17 +45,22 @@ def time_served(folder: Path, calibration: Calibration, images: Images, backends
                 name: load(folder, max(BATCHES), "cpu", Runtime(name, cache=cache), calibration) for name in backends
             }
             runs: dict[tuple[str, str, int], Callable[[], Any]] = {
-                (method, name, batch): partial(classify_images, task, method, images[:batch])
-                for batch in BATCHES
+                (method, name, batch): partial(classify_batches, task, method, taken[batch])
+                for batch in taken
                 for name, task in tasks.items()
                 if task.info.backend.startswith(name)
                 for method in task.info.methods
             }
-            keys = list(runs)
-            found = measure_times({str(key): runs[key] for key in keys}, REPEATS)
-            return {key: found[str(key)] for key in keys}
+            found = measure_times({str(key): run for key, run in runs.items()}, REPEATS)
+            return {key: found[str(key)] / len(taken[key[2]]) for key in runs}
     finally:
         torch.set_num_threads(threads)
+
+
+def classify_batches(task: ClassifyTask, method: str, batches: Iterable[Images]) -> None:
+    """One after the other."""
+    for images in batches:
+        classify_images(task, method, images)
 
 
 def times_table(found: Times) -> str:
@@ -61,7 +73,8 @@ def times_table(found: Times) -> str:
     base = ", ".join(f"{1e3 * found['single', name, batch]:.2f} ms {name} at {batch}" for name, batch in columns)
     note = (
         f"From admission to the answer, one torch thread, the fastest of {REPEATS} turns, relative to `single` on the "
-        f"same backend and batch, itself {base}. Methods that stop early depend on the images: these are test images."
+        f"same backend and batch, itself {base}. Methods that stop early depend on the images: these are test images, "
+        f"{TIMED[32]} of them in batches of 32, {TIMED[1]} one by one."
     )
     header = ["method", *(f"{name}, batch {batch}" for name, batch in columns)]
     return f"### Time as served\n\n{markdown(header, rows)}\n\n{note}"

@@ -31,7 +31,7 @@ def short_table(found: Study, macs: Mapping[str, float], times: Times, where: di
     header = ["method", "accuracy", "NLL", "ECE", "accepted", "error of accepted", "MACs"]
     note = (
         "As served, calibrated, on the test images; ± by bootstrap over images. MACs and time are relative to "
-        f"`single`; time from admission to answer on one torch thread, {BATCHES[0]} images, the fastest of {REPEATS} "
-        f"turns, each backend against itself. {origin(where)}"
+        "`single`, with the distance of features where it runs; time from admission to answer on one torch thread, "
+        f"{BATCHES[0]} images at a time, the fastest of {REPEATS} turns, each backend against itself. {origin(where)}"
     )
     return f"{markdown([*header, *(f'time, {name}' for name in backends)], rows)}\n\n{note}"

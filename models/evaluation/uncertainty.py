@@ -23,7 +23,7 @@ from models.training.data import Split, Splits
 from models.uncertainty.calibration import Estimate, bootstrap, reliability
 from models.uncertainty.cascade import Bools, Point, compare
 from models.uncertainty.conformal import Coverage, measure, repeated_splits
-from models.uncertainty.contract import ALPHAS, TARGET, Answers, Contract, decide
+from models.uncertainty.contract import ALPHAS, TARGET, Contract
 from models.uncertainty.router import SHARES, Terms
 from models.uncertainty.scores import entropy, nll
 from models.uncertainty.selective import aurc, average_precision, excess_aurc, risk_at_coverage
@@ -108,7 +108,7 @@ def quality(found: Study, method: str) -> Quality:
     """Of a served method; errors by bootstrap over test images."""
     p, labels = found.test.p[method], found.test.labels
     wrong, scores = p.argmax(-1) != labels, entropy(p)
-    codes = np.array(decide(found.contract(method).thresholds, {"entropy": scores}))
+    codes = found.test.decided(method, found.contract(method))
     taken = codes == "accept"
     return Quality(
         accuracy=float(1.0 - wrong.mean()),
@@ -172,25 +172,22 @@ def rankings(found: Study, method: str) -> dict[str, Ranking]:
 
 @dataclass(frozen=True)
 class Shift:
-    """A method on images unlike the training images: accuracy, share accepted, error rate of what was accepted."""
+    """A method on images unlike the training images: accuracy, shares accepted and abstained from, error rate of what
+    was accepted."""
 
     accuracy: float
     accepted: float
+    abstained: float
     risk: float
 
 
 def shift(found: Study, method: str, outputs: Outputs) -> Shift:
-    """On corrupted images, whose labels hold."""
-    p = outputs.p[method]
-    wrong = p.argmax(-1) != outputs.labels
-    taken = np.array(found.contract(method).decide({"entropy": entropy(p)})) == "accept"
+    """On corrupted images, whose labels hold; of foreign ones only the decisions mean something."""
+    wrong = outputs.p[method].argmax(-1) != outputs.labels
+    codes = outputs.decided(method, found.contract(method))
+    taken = codes == "accept"
     risk = float(wrong[taken].mean()) if taken.any() else float("nan")
-    return Shift(float(1.0 - wrong.mean()), float(taken.mean()), risk)
-
-
-def accepted_share(found: Study, method: str, outputs: Outputs) -> float:
-    """Share of rows, of whatever labels, that the method accepts."""
-    return shift(found, method, outputs).accepted
+    return Shift(float(1.0 - wrong.mean()), float(taken.mean()), float((codes == "abstain").mean()), risk)
 
 
 def coverages(found: Study, method: str) -> dict[float, tuple[Coverage, Coverage]]:
@@ -222,13 +219,13 @@ def cost_of_rows(classifier: Classifier, outputs: Outputs, escalated: Bools) -> 
     return float(np.where(escalated, costs.cheap + costs.extra, calm).mean())
 
 
-def at_points(found: Study, classifier: Classifier) -> list[tuple[Terms, float, Answers]]:
+def at_points(found: Study, classifier: Classifier) -> list[tuple[Terms, float, Outputs]]:
     """Every operating point as served: its terms, what it cost on test, and its answers there."""
     router, rows = found.calibration.router, []
     for terms in router.points if router else ():
         assert router is not None
         outputs, escalated = found.test.cascaded(router, terms)
-        rows.append((terms, cost_of_rows(classifier, outputs, escalated), outputs.answers("cascade")))
+        rows.append((terms, cost_of_rows(classifier, outputs, escalated), outputs))
     return rows
 
 
@@ -249,7 +246,7 @@ def time_cascade(classifier: Classifier, found: Study, batch: int = 64) -> float
         h = x
         for network, n in zip(exits, stay, strict=True):
             if n:
-                h, logits = network(h[:n])
+                h, logits, *_ = network(h[:n])
                 logits.softmax(-1).amax(-1)
         if not exits and bridge is not None:
             tap = source.tap(x)

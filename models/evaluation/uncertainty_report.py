@@ -12,7 +12,6 @@ from models.evaluation.uncertainty import (
     COVERAGES,
     ESCALATED,
     Study,
-    accepted_share,
     at_points,
     cascades,
     coverages,
@@ -73,12 +72,18 @@ def answers(found: Study) -> str:
 def decisions(found: Study) -> str:
     """The decision of each method on validation, test and foreign images."""
     header = ["served", "accept up to", "abstain above", "accepted, validation", "error bound"]
-    header += ["accepted, test", "error of accepted, test", "abstained, test", "accepted, foreign"]
+    header += [
+        "accepted, test",
+        "error of accepted, test",
+        "abstained, test",
+        "accepted, foreign",
+        "abstained, foreign",
+    ]
     rows = []
     for name in found.methods:
         q, thresholds = quality(found, name), found.contract(name).thresholds
         bound = thresholds.shown["bound"]
-        foreign = f"{accepted_share(found, name, found.foreign):.1%}" if found.foreign else ""
+        away = shift(found, name, found.foreign) if found.foreign else None
         rows.append(
             [
                 name,
@@ -89,16 +94,30 @@ def decisions(found: Study) -> str:
                 f"{q.accepted:.1%}",
                 f"{q.risk.value:.2%} ± {q.risk.se:.2%}" if q.accepted else "",
                 f"{q.abstained:.1%}",
-                foreign,
+                *((f"{away.accepted:.1%}", f"{away.abstained:.1%}") if away else ("", "")),
             ]
         )
     shown = found.contract(found.methods[0]).thresholds.shown
     note = (
         f"Thresholds on entropy (nats), chosen on {shown['rows']} validation images for `{shown['target']}` "
         f"{100 * float(str(shown['value'])):g}% with confidence {shown['confidence']:.0%}. The bound holds for images "
-        "drawn like those, not for foreign ones."
+        f"drawn like those, not for foreign ones.{foreign_line(found)}"
     )
     return section("Decisions", header, rows, note)
+
+
+def foreign_line(found: Study) -> str:
+    """The rule on feature distance, where there is one."""
+    if (rule := found.calibration.foreign) is None:
+        return ""
+    flagged = {"validation": found.selection, "test": found.test, "foreign": found.foreign}
+    shares = [f"{(o.far > rule.accept).mean():.1%} of {name} images" for name, o in flagged.items() if o is not None]
+    others = ", ".join(name for name in found.methods if name not in found.test.measured)
+    return (
+        f" All methods{f' but {others}' if others else ''} also escalate above {rule.accept:.1f} of `feature_distance` "
+        f"and abstain above {rule.abstain:.1f}: {', '.join(shares)} lie above the first. Their thresholds on entropy "
+        "were chosen on the rest of validation; what is accepted passes both."
+    )
 
 
 def scores(found: Study) -> str:
@@ -187,17 +206,18 @@ def served_points(found: Study, classifier: Classifier) -> str:
     router, labels = found.calibration.router, found.test.labels
     assert router is not None
     dear, rows = nll(found.test.p["ensemble"], labels), []
-    for terms, cost, a in at_points(found, classifier):
+    for terms, cost, outputs in at_points(found, classifier):
         assert terms.contract is not None
-        taken = np.array(terms.contract.decide({"entropy": entropy(a.p)})) == "accept"
+        p, taken = outputs.p["cascade"], outputs.decided("cascade", terms.contract) == "accept"
+        wrong = p.argmax(-1) != labels
         rows.append(
             [
                 f"{terms.cost:.2f}" + (" (default)" if terms is router.pick(None) else ""),
                 f"{cost:.2f}",
-                f"{nll(a.p, labels):.4f}",
-                f"{nll(a.p, labels) / dear - 1:+.1%}",
+                f"{nll(p, labels):.4f}",
+                f"{nll(p, labels) / dear - 1:+.1%}",
                 f"{taken.mean():.1%}",
-                f"{a.errors[taken].mean():.2%}" if taken.any() else "",
+                f"{wrong[taken].mean():.2%}" if taken.any() else "",
             ]
         )
     header = ["expected cost", "cost on test", "cNLL", "to ensemble", "accepted", "error of accepted"]

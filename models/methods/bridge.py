@@ -49,7 +49,7 @@ class Bridge(Plain):
     name = "bridge"
 
     def __init__(self, classifier: Classifier, calibration: Calibration) -> None:
-        super().__init__(calibration)
+        super().__init__(classifier, calibration)
         self.bridge = classifier.bridges[self.name]
         self.source_temperature = classifier.temperatures["single"]
 

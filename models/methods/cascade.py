@@ -6,6 +6,7 @@ last stage gives the source's answer, the first member's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from models.api import ClassifiedRow
 from models.methods.ensemble import Ensemble
-from models.methods.interface import Answer, Method, Plan, Rows, Slots
+from models.methods.interface import Answer, Expected, Method, Plan, Rows, Slots
 from models.registry import METHODS, resolve
 from models.uncertainty.router import Terms
 
@@ -34,6 +35,9 @@ class Cascade:
         self.ensemble = Ensemble(classifier, calibration)
         self.first = len(cheap.plan(classifier).calls)
         self.costs, self.exits = classifier.cascade_costs(), classifier.exits
+        plan, point, least = self.plan(classifier), self.terms(None), self.cheap.expected.calls
+        assert plan is not None
+        self.expected = Expected(point.cost, math.ceil(least + point.share * (len(plan.networks) - least)))
 
     @classmethod
     def plan(cls, classifier: Classifier) -> Plan | None:

@@ -19,7 +19,7 @@ class Distilled(Plain):
     name = "distilled"
 
     def __init__(self, classifier: Classifier, calibration: Calibration) -> None:
-        super().__init__(calibration)
+        super().__init__(classifier, calibration)
         assert classifier.student is not None
         self.temperature = classifier.student.temperature
 

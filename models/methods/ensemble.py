@@ -19,7 +19,7 @@ class Ensemble(Plain):
     name = "ensemble"
 
     def __init__(self, classifier: Classifier, calibration: Calibration) -> None:
-        super().__init__(calibration)
+        super().__init__(classifier, calibration)
         self.temperature = classifier.temperatures["ensemble"]
         self.source_temperature = classifier.temperatures["single"]
 

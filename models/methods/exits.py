@@ -6,6 +6,7 @@ learned the ensemble's answers. The source's own answer comes with the last stag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.api import ClassifiedRow
-from models.methods.interface import Answer, Plain, Plan, Rows, Slots, exit_name, log_probabilities
+from models.methods.interface import Answer, Expected, Plain, Plan, Rows, Slots, exit_name, log_probabilities
 from models.uncertainty.scores import describe, soften
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ class Stage:
     def run(self, pool: Rows, rows: Tensor, calls: Sequence[Self]) -> None:
         """See Call; rows at one exit share a batch."""
         given = pool.stages[self.index - 1] if self.index else pool.pixels
-        left, pool.heads[rows] = pool.networks[self.network](given[rows])
+        left, pool.heads[rows], *far = pool.networks[self.network](given[rows])
+        if far:
+            pool.far[rows] = far[0]
         if self.index < len(pool.stages):
             pool.stages[self.index][rows] = left
         else:
@@ -57,9 +60,10 @@ class Exits(Plain):
     name = "exits"
 
     def __init__(self, classifier: Classifier, calibration: Calibration) -> None:
-        super().__init__(calibration)
+        super().__init__(classifier, calibration)
         assert classifier.exits is not None
         self.exits: EarlyExits = classifier.exits
+        self.expected = Expected(self.exits.expected_cost, math.ceil(self.exits.expected_calls))
 
     @classmethod
     def plan(cls, classifier: Classifier) -> Plan | None:
@@ -85,13 +89,13 @@ class Exits(Plain):
                 parts.append(Answer(own, p, describe(p, temperature), exit=stage))
         return parts
 
-    def paid(self, rows: Sequence[ClassifiedRow]) -> dict[str, Any]:
+    def paid(self, rows: Sequence[ClassifiedRow], max_cost: float | None) -> dict[str, Any]:
         """Of a receipt: the exit that answered each image, what each cost, their mean, and the mean on validation."""
         by_exit = dict(zip(self.exits.stages, self.exits.costs, strict=True))
         costs = [by_exit[row.exit] for row in rows]
         return {
             "cost_vs_single": float(np.mean(costs)),
-            "expected_cost": self.exits.expected_cost,
+            "expected_cost": self.expected.cost,
             "exits": [row.exit for row in rows],
             "image_costs": costs,
         }

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.api import UserError
+from models.api import ClassifiedRow, UserError
 from models.uncertainty.router import Terms
 from models.uncertainty.scores import log_softmax
 
@@ -60,7 +60,8 @@ class Rows(Protocol):
     """What calls and answers work on; first axis slots.
 
     The source fills `taps` (C, H, W), `features` (F,), `logits[:, 0]` (K,) and every column of `z` (columns, K), its
-    own logits softened. `logits` is (M, K), one row a member. `stages` is what each early exit leaves to the next one,
+    own logits softened. `logits` is (M, K), one row a member. `far` is the feature distance, from the source or a first
+    exit that sees its tap, NaN where it was not measured. `stages` is what each early exit leaves to the next one,
     `heads` (K,) what the head of the last one said. `done` counts calls, `terms` are what a row runs under, `urgent`
     that a cascade asks the members; `networks` are those of the classifier by name.
     """
@@ -72,6 +73,7 @@ class Rows(Protocol):
     z: Tensor
     stages: list[Tensor]
     heads: Tensor
+    far: Tensor
     done: Slots
     urgent: NDArray[np.bool_]
     terms: list[Terms]
@@ -119,8 +121,20 @@ class Plan:
         return sum(macs[network] for network in self.networks) / macs[SOURCE]
 
 
+@dataclass(frozen=True)
+class Expected:
+    """Of an image like the validation images: multiply-accumulates relative to `single`, and network calls."""
+
+    cost: float
+    calls: int
+
+
 class Method(Protocol):
     """One way to answer, made from a Classifier and its Calibration."""
+
+    @property
+    def expected(self) -> Expected:
+        """What is advertised; admission counts on `calls`."""
 
     @classmethod
     def plan(cls, classifier: Classifier) -> Plan | None:
@@ -135,14 +149,22 @@ class Method(Protocol):
     def answer(self, pool: Rows, slots: Slots) -> Sequence[Answer]:
         """Finished rows, in parts that know the same."""
 
+    def paid(self, rows: Sequence[ClassifiedRow], max_cost: float | None) -> dict[str, Any]:
+        """Of a receipt: `cost_vs_single`, the mean over `rows` as they ran; where they may differ `image_costs` too."""
+
 
 class Plain:
-    """A method that runs its whole plan under one set of terms. `name` is its key in METHODS."""
+    """A method that runs its whole plan under one set of terms. `name` is its key in METHODS.
+
+    One that leaves its plan early has its own `finished`, `expected` and `paid`.
+    """
 
     name: str
 
-    def __init__(self, calibration: Calibration) -> None:
+    def __init__(self, classifier: Classifier, calibration: Calibration) -> None:
+        plan = classifier.plans()[self.name]
         self._terms = Terms(calibration.methods.get(self.name))
+        self.expected = Expected(plan.cost(classifier.macs), len(plan.networks))
 
     def terms(self, max_cost: float | None) -> Terms:
         """The only ones; a max_cost is refused."""
@@ -153,6 +175,10 @@ class Plain:
     def finished(self, pool: Rows, slots: Slots) -> Slots:
         """None before its plan ends."""
         return slots[:0]
+
+    def paid(self, rows: Sequence[ClassifiedRow], max_cost: float | None) -> dict[str, Any]:
+        """Every image costs the whole plan."""
+        return {"cost_vs_single": self.expected.cost}
 
 
 def log_probabilities(z: Tensor) -> Floats:

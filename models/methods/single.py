@@ -19,7 +19,7 @@ class Single(Plain):
     name = "single"
 
     def __init__(self, classifier: Classifier, calibration: Calibration) -> None:
-        super().__init__(calibration)
+        super().__init__(classifier, calibration)
         self.temperature = classifier.temperatures["single"]
 
     @classmethod

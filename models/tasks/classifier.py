@@ -1,11 +1,12 @@
-"""An ensemble folder with the bridges, the student and the exits beside it, loaded and checked together."""
+"""An ensemble folder with all that stands beside it, loaded and checked together."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,11 @@ from torch import Tensor
 from models.backbones.bridge import BridgeNetwork
 from models.backbones.macs import count_macs
 from models.backbones.resnet import ResNet
-from models.methods.interface import Plan
+from models.methods.interface import SOURCE, Plan, exit_name
 from models.registry import BACKBONES, METHODS, resolve
-from models.store import StoreError, read_config, read_tensors, weights_digest
-from models.tasks.beside import check_source, finite, folder_beside
+from models.store import StoreError, read_config, weights_digest
+from models.tasks.beside import check_source, filled, folder_beside, number
+from models.tasks.distance import Distance, load_distance
 from models.tasks.exits import EarlyExits, load_exits
 from models.tasks.parts import parts
 from models.uncertainty.cascade import Costs
@@ -60,7 +62,7 @@ class Student:
 class Classifier:
     """Members (the first is the source), temperatures by method, and what stands beside the ensemble.
 
-    `bridges` are served entries by method, `student` and `exits` are None where there are none.
+    `bridges` are served entries by method; `student`, `exits` and `distance` are None where there are none.
     """
 
     config: dict[str, Any]
@@ -70,6 +72,7 @@ class Classifier:
     bridges: dict[str, BridgeModel] = field(default_factory=dict)
     student: Student | None = None
     exits: EarlyExits | None = None
+    distance: Distance | None = None
 
     @property
     def bridge(self) -> BridgeModel | None:
@@ -88,15 +91,15 @@ class Classifier:
 
     @property
     def networks_digest(self) -> str:
-        """Digest of every file that is served."""
+        """Digest of every file that is served, and of which stages of the source have an exit."""
         files = [self.config["files"][name] for name in self.config["members"]]
         files += [digest for bridge in self.bridges.values() for digest in bridge.digests]
-        files += [beside.sha256 for beside in (self.student, self.exits) if beside]
-        return _digest(sorted({*files}))
+        files += [beside.sha256 for beside in (self.student, self.exits, self.distance) if beside]
+        return _digest([sorted({*files}), self.exits.stages if self.exits else []])
 
     @property
     def fingerprint(self) -> str:
-        """Digest of all that its probabilities depend on: weights, preprocessing, temperatures, what is served, and
+        """Digest of all that its answers depend on: weights, preprocessing, temperatures, what is served, and
         what a cascade starts with where that is not the bridge."""
         bridges = {
             name: [b.digests, b.evaluations, b.source_weight, b.softening, b.temperature]
@@ -104,17 +107,24 @@ class Classifier:
         }
         student = self.student and [self.student.sha256, self.student.temperature]
         exits = [self.exits.facts(), self.cheap] if self.exits else []
-        return _digest([self.weights, self.config["network"], self.temperatures, bridges, student, *exits])
+        distance = [self.distance.sha256] if self.distance else []
+        return _digest([self.weights, self.config["network"], self.temperatures, bridges, student, *exits, *distance])
 
     def plans(self) -> dict[str, Plan]:
         """What a row of each method runs, at most: every method whose networks are here."""
         found = {name: resolve(METHODS, name).plan(self) for name in METHODS}
         return {name: plan for name, plan in found.items() if plan is not None}
 
+    def measured(self) -> frozenset[str]:
+        """Methods whose answers know the feature distance: the source runs, or exits that see its tap."""
+        by_exits = self.exits is not None and self.exits.measures
+        starts = {name: plan.networks[0] for name, plan in self.plans().items()} if self.distance else {}
+        first = {SOURCE, exit_name(1)} if by_exits else {SOURCE}
+        return frozenset(name for name, network in starts.items() if network in first)
+
     def costs(self) -> dict[str, float]:
         """Conv + linear MACs of each method relative to `single`; of `cascade` and `exits` the most possible."""
-        macs = self.macs()
-        return {name: plan.cost(macs) for name, plan in self.plans().items()}
+        return {name: plan.cost(self.macs) for name, plan in self.plans().items()}
 
     def cascade_costs(self) -> Costs:
         """What an image costs by the method that a cascade starts with, and on top when the other members run.
@@ -126,6 +136,7 @@ class Classifier:
         cheap = self.exits.expected_cost if self.exits else costs["bridge"]
         return Costs(cheap, costs["cascade"] - cheap)
 
+    @cached_property
     def macs(self) -> dict[str, int]:
         """Conv + linear MACs of every network on one image."""
         return {part.name: count_macs(part.network, partial(part.run, *part.example(1))) for part in parts(self)}
@@ -146,22 +157,14 @@ def load_members(folder: Path) -> list[ResNet]:
     members = []
     for name in config["members"]:
         member: ResNet = resolve(BACKBONES, config["backbone"]).from_config(config["network"])
-        member.load_state_dict(finite(folder / name, read_tensors(folder, name, config["files"])))
-        members.append(member.eval().requires_grad_(False))
+        members.append(filled(member, folder, config, name))
     return members
 
 
 def load_bridge_network(folder: Path, config: dict[str, Any], name: str) -> BridgeNetwork:
     """One network of a bridge folder, eval mode, float32."""
     network: BridgeNetwork = resolve(BACKBONES, config["backbone"]).from_config(config["networks"][name]["network"])
-    file = f"{name}.safetensors"
-    network.load_state_dict(finite(folder / file, read_tensors(folder, file, config["files"])))
-    return network.eval().requires_grad_(False)
-
-
-def bridge_folder(ensemble: Path) -> Path | None:
-    """The folder of bridges that start from the ensemble's source."""
-    return folder_beside(ensemble, "bridge")
+    return filled(network, folder, config, f"{name}.safetensors", f"networks.{name} of config.json")
 
 
 def load_bridges(folder: Path, ensemble: dict[str, Any], source: ResNet) -> dict[str, BridgeModel]:
@@ -208,14 +211,12 @@ def served(folder: Path, method: str, config: dict[str, Any], networks: dict[str
             raise StoreError(f"{where}: evaluations must be 1 or {network.config.steps}, what {name} was trained for")
     if not own or len(own) < len(entry["networks"]):
         raise StoreError(f"{where}: networks must be one or more, each once")
-    if not entry["source_weight"] < 1.0 or not entry["temperature"] > 0.0:
-        raise StoreError(f"{where}: source_weight must be below 1, temperature above 0")
     return BridgeModel(
         networks=own,
         evaluations=entry["evaluations"],
-        source_weight=entry["source_weight"],
-        softening=config["softening"],
-        temperature=entry["temperature"],
+        source_weight=number(f"{where}.", entry, "source_weight", -math.inf, 1.0),
+        softening=number(f"{folder}/config.json: ", config, "softening"),
+        temperature=number(f"{where}.", entry, "temperature"),
         digests=tuple(config["files"][f"{name}.safetensors"] for name in own),
     )
 
@@ -227,25 +228,31 @@ def load_student(folder: Path, ensemble: dict[str, Any]) -> Student:
         for key in ("labels", "image"):
             if config[key] != ensemble[key]:
                 raise StoreError(f"{folder}/config.json: {key} is not that of {ensemble['name']}: distil it again")
-        file, temperature = config["serve"], float(config["temperature"])
+        file, temperature = config["serve"], number(f"{folder}/config.json: ", config, "temperature")
         network: ResNet = resolve(BACKBONES, config["backbone"]).from_config(config["network"])
         sha256 = config["files"][file]
     except (KeyError, TypeError) as error:
         raise StoreError(f"{folder}/config.json: missing or malformed: {error!r}; distil it again") from error
-    network.load_state_dict(finite(folder / file, read_tensors(folder, file, config["files"])))
-    return Student(network.eval().requires_grad_(False), temperature, sha256)
+    return Student(filled(network, folder, config, file), temperature, sha256)
 
 
 def load_classifier(folder: Path) -> Classifier:
-    """An ensemble folder with the bridges, the student and the exits beside it."""
+    """An ensemble folder with what stands beside it."""
     config, members = read_config(folder, "ensemble"), load_members(folder)
+    heat = config.get("temperatures", {"single": 1.0, "ensemble": 1.0})
+    where = f"{folder}/config.json: temperatures."
+    temperatures = {name: number(where, heat, name) for name in ("single", "ensemble")}
     bridges, student, exits = (folder_beside(folder, kind) for kind in ("bridge", "student", "exits"))
+    beside = folder_beside(folder, "distance")
+    distance = load_distance(beside, config, members[0]) if beside else None
+    network = distance.network if distance else None
     return Classifier(
         config=config,
         weights=weights_digest(config["files"]),
         members=members,
-        temperatures=config.get("temperatures", {"single": 1.0, "ensemble": 1.0}),
+        temperatures=temperatures,
         bridges=load_bridges(bridges, config, members[0]) if bridges else {},
         student=load_student(student, config) if student else None,
-        exits=load_exits(exits, config, members[0]) if exits else None,
+        exits=load_exits(exits, config, members[0], distance=network) if exits else None,
+        distance=distance,
     )

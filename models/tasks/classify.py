@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,16 @@ import torch
 from torch import Tensor
 
 from models.api import MAX_DRAWS, ClassifiedRow, ClassifyWork, ModelInfo, Runtime, StepStats, UserError
-from models.backbones.folding import fold
-from models.backends.independent import Programs, build
-from models.backends.interface import Place
+from models.backends.independent import Programs
 from models.bridge.process import source
-from models.methods.cascade import Cascade
-from models.methods.exits import Exits, room
+from models.methods.exits import room
 from models.methods.interface import SOURCE, Answer, Call, Method, Slots
 from models.purification.purify import Purifier
 from models.registry import METHODS, resolve
 from models.tasks.classifier import BRIDGED, Classifier, load_classifier, to_pixels
 from models.tasks.contracts import Calibration, read_calibration
 from models.tasks.device import pick_device
-from models.tasks.parts import parts
+from models.tasks.parts import run_by
 from models.tasks.purifying import PurifyStage, check_purify, load_purifier, mean_of, purified_receipt, purifier_info
 from models.uncertainty.conformal import uniforms
 from models.uncertainty.contract import decision_rule, set_rule
@@ -44,24 +42,22 @@ class ClassifyTask:
         self,
         info: ModelInfo,
         classifier: Classifier,
-        calibration: Calibration,
+        methods: Mapping[str, Method],
         networks: Programs,
         capacity: int,
         device: torch.device,
         purifier: Purifier | None = None,
     ) -> None:
         self.info, self.capacity, self.device, self.networks = info, capacity, device, networks
-        self.methods: dict[str, Method] = {
-            name: resolve(METHODS, name)(classifier, calibration) for name in info.methods
-        }
-        self.plans = {name: plan for name, plan in classifier.plans().items() if name in info.methods}
+        self.methods = methods
+        self.plans = {name: plan for name, plan in classifier.plans().items() if name in methods}
         self.softening = classifier.softening
         self.stage = PurifyStage(purifier, MAX_DRAWS if device.type == "cpu" else 16 * MAX_DRAWS)
         cells = capacity + (MAX_DRAWS if purifier else 0)
         height, width, channels = info.image
         self.pixels = torch.zeros(cells, channels, height, width, device=device)
         with torch.inference_mode():
-            tap, features, logits = networks[SOURCE](self.pixels[:1])
+            tap, features, logits, *_ = networks[SOURCE](self.pixels[:1])
         columns = max((len(bridge.networks) for bridge in classifier.bridges.values()), default=0)
         self.taps = torch.zeros(cells, *tap.shape[1:], device=device)
         self.features = torch.zeros(cells, *features.shape[1:], device=device)
@@ -69,6 +65,7 @@ class ClassifyTask:
         self.z = torch.zeros(cells, columns, *logits.shape[1:], device=device)
         self.stages = room(networks, self.plans.get("exits"), self.pixels)
         self.heads = torch.zeros(cells, *logits.shape[1:], device=device)
+        self.far = torch.full((cells,), math.nan, device=device)
         self.method, self.terms = [""] * cells, [Terms()] * cells
         self.alpha, self.draw = np.full(capacity, np.nan), np.zeros(capacity)
         self.done, self.urgent = np.zeros(cells, np.int64), np.zeros(cells, bool)
@@ -89,6 +86,7 @@ class ClassifyTask:
                 raise UserError(f"image {i} has {len(work.images[i])} bytes, {self.info.name} takes {shape}", "images")
         images = np.stack([np.frombuffer(work.images[i], np.uint8).reshape(shape) for i in indices])
         self.pixels[torch.as_tensor(slots, device=self.device)] = to_pixels(images).to(self.device)
+        self.far[list(slots)] = math.nan
         self.done[list(slots)], self.urgent[list(slots)] = 0, False
         self.alpha[list(slots)] = np.nan if work.alpha is None else work.alpha
         self.draw[list(slots)] = uniforms(work.images[i] for i in indices)
@@ -103,9 +101,11 @@ class ClassifyTask:
         return [len(plan.calls)] * len(slots)
 
     def _source(self, slots: Sequence[int]) -> None:
-        """The source's forward: tap, features, logits, and where bridges start."""
+        """The source's forward: tap, features, logits, distance, and where bridges start."""
         rows = torch.as_tensor(slots, device=self.device)
-        self.taps[rows], self.features[rows], logits = self.networks[SOURCE](self.pixels[rows])
+        self.taps[rows], self.features[rows], logits, *far = self.networks[SOURCE](self.pixels[rows])
+        if far:
+            self.far[rows] = far[0]
         self.logits[rows, 0] = logits
         self.z[rows] = source(logits, self.softening)[:, None]
 
@@ -180,10 +180,15 @@ class ClassifyTask:
         held = {slot: self.stage.images[slot].row for slot in slots if slot in self.stage.images}
         made: dict[int, ClassifiedRow] = {slot: row for slot, row in held.items() if row is not None}
         for name, rows in self._by_method([slot for slot in slots if slot not in held]).items():
-            for part in self.methods[name].answer(self, rows):
+            for part in map(self._with_distance, self.methods[name].answer(self, rows)):
                 for i, slot in enumerate(part.slots.tolist()):
                     made[slot] = self._row(slot, part, i)
         return [made[slot] for slot in slots]
+
+    def _with_distance(self, part: Answer) -> Answer:
+        """The same, with the feature distance where it was measured."""
+        far = self.far[torch.as_tensor(part.slots, device=self.device)].double().cpu().numpy()
+        return part if np.isnan(far).any() else replace(part, scores=part.scores | {"feature_distance": far})
 
     def _row(self, slot: int, part: Answer, i: int) -> ClassifiedRow:
         """Row i of a part, with what its terms promise."""
@@ -207,14 +212,9 @@ class ClassifyTask:
         """What the answer cost, relative to `single`: MACs counted at load, time measured for the card."""
         if work.purify is not None:
             return purified_receipt(work, self.info)
-        receipt: dict[str, Any] = {"method": work.method, "cost_vs_single": self.info.methods[work.method]}
-        if work.method in self.info.times and work.max_cost is None:
+        receipt: dict[str, Any] = {"method": work.method, **self.methods[work.method].paid(rows, work.max_cost)}
+        if work.method in self.info.times and "image_costs" not in receipt:  # images that leave early have no one time
             receipt["time_vs_single"] = self.info.times[work.method]
-        method = self.methods[work.method]
-        if isinstance(method, Cascade):
-            receipt |= method.paid(rows, work.max_cost)
-        elif isinstance(method, Exits):
-            receipt |= method.paid(rows)
         return receipt
 
 
@@ -230,26 +230,17 @@ def load(
     """An ensemble folder, with what stands beside it, as a Task with `slots` slots; its own calibration if None."""
     classifier, where = load_classifier(folder), pick_device(device)
     calibration, config = calibration or read_calibration(folder, classifier), classifier.config
-    costs, plans = classifier.costs(), classifier.plans()
+    plans, router = classifier.plans(), calibration.router
+    if router is None:
+        plans.pop("cascade", None)
+    methods: dict[str, Method] = {name: resolve(METHODS, name)(classifier, calibration) for name in plans}
+    costs = {name: method.expected.cost for name, method in methods.items()}
+    contracts = {name: contract for name, m in methods.items() if (contract := m.terms(None).contract) is not None}
     purifying = None
     if (purifier := load_purifier(folder, config)) is not None:
-        purifying = purifier_info(purifier, config["purifier"], plans, classifier.macs()[SOURCE])
+        purifying = purifier_info(purifier, config["purifier"], plans, classifier.macs[SOURCE])
         purifier.model.to(where)
     networks, backend = run_by(classifier, slots, where, runtime)
-    decisions = {name: decision_rule(c.thresholds) for name, c in calibration.methods.items()}
-    sets = {name: set_rule(c.conformal) for name, c in calibration.methods.items()}
-    calls = {name: len(plan.networks) for name, plan in plans.items()}
-    if classifier.exits is not None:
-        costs["exits"], calls["exits"] = classifier.exits.expected_cost, math.ceil(classifier.exits.expected_calls)
-    if (router := calibration.router) is None or classifier.cheap is None:
-        costs.pop("cascade", None)
-        calls.pop("cascade", None)
-    else:
-        default, first = router.pick(None), calls[classifier.cheap]
-        costs["cascade"] = default.cost
-        calls["cascade"] = math.ceil(first + default.share * (calls["cascade"] - first))
-        decisions["cascade"] = router.catalogue()[router.default].decision
-        sets["cascade"] = sets[classifier.cheap]
     height, width, channels = config["image"]
     info = ModelInfo(
         name=config["name"],
@@ -261,29 +252,12 @@ def load(
         backend=backend,
         methods=costs,
         times=config.get("times", {}),
-        calls=calls,
-        decisions=decisions,
-        sets=sets,
+        calls={name: method.expected.calls for name, method in methods.items()},
+        decisions={name: decision_rule(contract.thresholds) for name, contract in contracts.items()},
+        sets={name: set_rule(contract.conformal) for name, contract in contracts.items()},
+        foreign=decision_rule(calibration.foreign) if calibration.foreign else None,
         cascade=router.catalogue() if router else (),
         purifier=purifying,
         default_method=default_method(config, costs),
     )
-    return ClassifyTask(info, classifier, calibration, networks, slots, where, purifier)
-
-
-def run_by(classifier: Classifier, slots: int, device: torch.device, runtime: Runtime) -> tuple[Programs, str]:
-    """Programs of the networks, their BatchNorms folded, and a note on what runs them.
-
-    Channels last is the faster layout of small convolutions on CPUs; bits of a row may depend on it, numbers do not.
-    """
-    found = parts(classifier)
-    for part in found:
-        fold(part.network).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    place = Place(
-        weights=classifier.networks_digest,
-        rows=max(slots, 2),
-        device=device,
-        cache=Path(runtime.cache),
-        budget_s=runtime.budget_s,
-    )
-    return build(runtime.backend, found, place)
+    return ClassifyTask(info, classifier, methods, networks, slots, where, purifier)

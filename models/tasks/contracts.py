@@ -9,6 +9,7 @@ from typing import Any
 from models.store import StoreError, read_json, write_json
 from models.tasks.classifier import Classifier
 from models.uncertainty.contract import Contract
+from models.uncertainty.decision import Thresholds
 from models.uncertainty.router import Router
 
 NAME = "calibration.json"
@@ -16,21 +17,26 @@ NAME = "calibration.json"
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Contracts by method, and the cascade's router where there is a cascade."""
+    """Contracts by method, the cascade's router where there is a cascade, and `foreign`, the rule on the feature
+    distance that all of them hold, where it is measured."""
 
     methods: dict[str, Contract] = field(default_factory=dict)
     router: Router | None = None
+    foreign: Thresholds | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         methods = {name: contract.to_json() for name, contract in self.methods.items()}
-        return {"methods": methods, "cascade": None if self.router is None else self.router.to_json()}
+        cascade = None if self.router is None else self.router.to_json()
+        return {"methods": methods, "cascade": cascade, "foreign": self.foreign.to_json() if self.foreign else None}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Calibration:
         """The inverse of `to_json`; UserError, KeyError, TypeError or ValueError on what is not one."""
-        methods = {name: Contract.from_json(value) for name, value in found["methods"].items()}
-        return cls(methods, None if found["cascade"] is None else Router.from_json(found["cascade"]))
+        foreign = Thresholds.from_json(found["foreign"]) if found.get("foreign") else None
+        methods = {name: Contract.from_json(value, foreign) for name, value in found["methods"].items()}
+        router = None if found["cascade"] is None else Router.from_json(found["cascade"], foreign)
+        return cls(methods, router, foreign)
 
 
 def write_calibration(folder: Path, classifier: Classifier, calibration: Calibration) -> None:

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.backbones.distance import FeatureDistance
 from models.backbones.early_exits import STAGES, ExitHeads, ExitStage, count
 from models.backbones.resnet import ResNet
-from models.store import StoreError, read_config, read_tensors
-from models.tasks.beside import check_source, finite
+from models.store import StoreError, read_config
+from models.tasks.beside import check_source, filled
 from models.uncertainty.early_exit import Floats, Ints, confidences, mixture, route
 
 
@@ -25,13 +26,14 @@ class EarlyExits:
 
     Attributes:
         stages: number of the source's stage that each exit follows, counted from 1; the last is the third.
-        networks: pixels, or what the exit before left -> stage output, logits (N, K).
+        networks: pixels, or what the exit before left -> stage output, logits (N, K), and of the first one the
+            distance (N,) where `measures`.
         thresholds: largest probability at `confidence_temperatures` that suffices to leave, at every exit but the last.
         confidence_temperatures: of every exit but the last.
         temperatures: of the answers given at each exit.
         shares: of the validation images, that left at each exit.
-        costs: conv + linear MACs of an image that leaves at each exit, relative to the source, whose own last layer
-            runs after the last stage.
+        costs: conv + linear MACs of an image that leaves at each exit, relative to the source (with the distance,
+            where there is one), whose own last layer runs after the last stage.
         sha256: digest of the heads' file.
     """
 
@@ -43,6 +45,11 @@ class EarlyExits:
     shares: tuple[float, ...]
     costs: tuple[float, ...]
     sha256: str
+
+    @property
+    def measures(self) -> bool:
+        """Whether its answers know the distance."""
+        return self.networks[0].distance is not None
 
     @property
     def expected_cost(self) -> float:
@@ -68,7 +75,7 @@ class EarlyExits:
         """Logits (N, K) of every exit on pixels (N, C, H, W), as if no row left."""
         found = []
         for network in self.networks:
-            x, logits = network(x)
+            x, logits, *_ = network(x)
             found.append(logits)
         return found
 
@@ -77,8 +84,14 @@ class EarlyExits:
         return [self.sha256, self.stages, self.thresholds, self.confidence_temperatures, self.temperatures]
 
 
-def load_exits(folder: Path, ensemble: dict[str, Any], source: ResNet, name: str | None = None) -> EarlyExits:
-    """What an exits folder serves, or its heads `name`.
+def load_exits(
+    folder: Path,
+    ensemble: dict[str, Any],
+    source: ResNet,
+    name: str | None = None,
+    distance: FeatureDistance | None = None,
+) -> EarlyExits:
+    """What an exits folder serves, or its heads `name`. `distance` is measured where the first exit sees the tap.
 
     Raises:
         StoreError: heads of another source; an entry that is malformed, not a number or out of range.
@@ -87,7 +100,8 @@ def load_exits(folder: Path, ensemble: dict[str, Any], source: ResNet, name: str
     try:
         check_source(folder, config["source"], ensemble, "heads")
         name = config["serve"] if name is None else name
-        return entry_of(folder, config, name, load_heads(folder, config, name, source), source, ensemble["image"])
+        heads = load_heads(folder, config, name, source)
+        return entry_of(folder, config, name, heads, source, ensemble["image"], distance)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, StoreError):
             raise
@@ -97,16 +111,17 @@ def load_exits(folder: Path, ensemble: dict[str, Any], source: ResNet, name: str
 def load_heads(folder: Path, config: dict[str, Any], name: str, source: ResNet) -> ExitHeads:
     """The heads `name` of a folder, eval mode, float32; StoreError where they do not fit."""
     heads, file = ExitHeads(source.config, **config["heads"]), f"{name}.safetensors"
-    tensors = finite(folder / file, read_tensors(folder, file, config["files"]))
-    expected = {key: value.shape for key, value in heads.state_dict().items()}
-    if {key: value.shape for key, value in tensors.items()} != expected:
-        raise StoreError(f"{folder / file} does not fit the source, or `heads` of config.json: train the heads again")
-    heads.load_state_dict(tensors)
-    return heads.eval().requires_grad_(False)
+    return filled(heads, folder, config, file, "the source, or `heads` of config.json")
 
 
 def entry_of(
-    folder: Path, config: dict[str, Any], name: str, heads: ExitHeads, source: ResNet, image: Sequence[int]
+    folder: Path,
+    config: dict[str, Any],
+    name: str,
+    heads: ExitHeads,
+    source: ResNet,
+    image: Sequence[int],
+    distance: FeatureDistance | None = None,
 ) -> EarlyExits:
     """Entry `name` of a folder's `networks`, without the exits that it does not use."""
     entry, where = config["networks"][name], f"{folder}/config.json: networks.{name}"
@@ -123,12 +138,15 @@ def entry_of(
         raise StoreError(f"{where}: shares must be 0 or more and sum to 1, got {shares}")
     used = [k for k, limit in enumerate(limits) if limit < math.inf] + [STAGES - 1]
     height, width, channels = image
-    macs = count(source, heads, torch.zeros(1, channels, height, width))
-    costs = macs.costs([k in used for k in range(STAGES)], macs.last / macs.single)
+    macs = count(source, heads, torch.zeros(1, channels, height, width), distance)
+    seen = distance if used[0] == 0 and source.config.blocks == 1 else None  # that stage's output is the tap
+    start = macs.distance / macs.single if seen else 0.0
+    costs = macs.costs([k in used for k in range(STAGES)], macs.last / macs.single, start)
     starts = [0, *(k + 1 for k in used)]
+    spans = zip(starts, used, strict=False)
     return EarlyExits(
         stages=tuple(k + 1 for k in used),
-        networks=tuple(ExitStage(source, heads, first, last) for first, last in zip(starts, used, strict=False)),
+        networks=tuple(ExitStage(source, heads, a, b, None if a else seen) for a, b in spans),
         thresholds=tuple(limits[k] for k in used[:-1]),
         confidence_temperatures=tuple(heat[k] for k in used[:-1]),
         temperatures=tuple(temperatures[k] for k in used),

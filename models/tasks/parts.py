@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from models.api import Runtime
 from models.backbones.bridge import BridgeNetwork
+from models.backbones.distance import FeatureDistance
 from models.backbones.early_exits import ExitStage
+from models.backbones.folding import fold
 from models.backbones.resnet import ResNet
+from models.backends.independent import Programs, build
+from models.backends.interface import Place
 from models.backends.parts import Part, Program
 from models.bridge.process import source
 from models.methods.interface import SOURCE, STUDENT, bridge_name, exit_name, member_name
@@ -25,7 +32,8 @@ def parts(classifier: Classifier) -> list[Part]:
     """The source first: pixels -> tap, pooled features, logits; members and student: pixels -> logits.
 
     Bridges: tap, z, step, features -> u. Exits: pixels, or what the exit before left -> that for the next, logits;
-    the last one leaves the source's own logits.
+    the last one leaves the source's own logits. Where the classifier has a distance, the source and a first exit that
+    sees the tap also return it.
     Examples lie where the source's weights lie.
     """
     first, *others = classifier.members
@@ -37,11 +45,15 @@ def parts(classifier: Classifier) -> list[Part]:
 
     def state(rows: int, steps: int) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            tap, features, logits = see(first)(*pixels(rows))
+            tap, features, logits, *_ = see(first)(*pixels(rows))
         step = 1 + torch.arange(rows, device=logits.device) % steps
         return tap, source(logits, classifier.softening), step, features
 
     found = [Part(SOURCE, see(first), ("x",), ("tap", "features", "logits"), pixels, first)]
+    if classifier.distance is not None:
+        far = classifier.distance.network
+        outputs = (*found[0].outputs, "distance")
+        found = [replace(found[0], run=see(first, far), outputs=outputs, network=nn.ModuleList([first, far]))]
     direct = {member_name(i): member for i, member in enumerate(others, 1)}
     if classifier.student is not None:
         direct[STUDENT] = classifier.student.network
@@ -61,19 +73,20 @@ def exits(served: EarlyExits, pixels: Callable[[int], tuple[Tensor, ...]]) -> li
     found, before = [], pixels
     for stage, network in zip(served.stages, served.networks, strict=True):
         last = stage == served.stages[-1]
-        outputs = ("source_logits" if last else "h", "logits")
+        outputs = ("source_logits" if last else "h", "logits", *(["distance"] if network.distance else []))
         found.append(Part(exit_name(stage), answer(network) if last else network, ("x",), outputs, before, network))
         before = partial(left_by, network, before)
     return found
 
 
-def see(network: ResNet) -> Program:
-    """The source as a function of pixels."""
+def see(network: ResNet, distance: FeatureDistance | None = None) -> Program:
+    """The source as a function of pixels, with the distance of its tap."""
 
-    def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def run(x: Tensor) -> tuple[Tensor, ...]:
         tap = network.tap(x)
         features = network.features(tap)
-        return tap, features, network.fc(features)
+        seen = tap, features, network.fc(features)
+        return seen if distance is None else (*seen, distance(tap))
 
     return run
 
@@ -92,7 +105,7 @@ def answer(network: ExitStage) -> Program:
     """The last exit as a function of what came before: the source's logits, the head's."""
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        h, logits = network(x)
+        h, logits, *_ = network(x)
         return network.stages.source.fc(h.mean(dim=(2, 3))), logits
 
     return run
@@ -102,3 +115,21 @@ def answer(network: ExitStage) -> Program:
 def left_by(network: ExitStage, before: Callable[[int], tuple[Tensor, ...]], rows: int) -> tuple[Tensor]:
     """What an exit leaves of the example that was `before` it."""
     return (network(*before(rows))[0],)
+
+
+def run_by(classifier: Classifier, slots: int, device: torch.device, runtime: Runtime) -> tuple[Programs, str]:
+    """Programs of the networks, their BatchNorms folded, and a note on what runs them.
+
+    Channels last is the faster layout of small convolutions on CPUs; bits of a row may depend on it, numbers do not.
+    """
+    found = parts(classifier)
+    for part in found:
+        fold(part.network).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    place = Place(
+        weights=classifier.networks_digest,
+        rows=max(slots, 2),
+        device=device,
+        cache=Path(runtime.cache),
+        budget_s=runtime.budget_s,
+    )
+    return build(runtime.backend, found, place)

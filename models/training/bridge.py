@@ -1,8 +1,8 @@
 """Train light networks that carry the source's logits to the ensemble's, from one transfer set.
 
-Diffusion Bridge Networks (Kim et al., ICLR 2024) beside what they have to be compared with: the same network as a
-direct regressor, distilled to one step, in pairs that share the teachers between them, and as the bridges between
-members of Yun et al. (ICML 2023). No labels are used.
+Diffusion Bridge Networks (Kim et al., ICLR 2024), alone and in pairs that share the teachers between them, beside what
+they have to be compared with: the same network as a direct regressor, alone and in pairs, distilled to one step, and as
+the bridges between members of Yun et al. (ICML 2023). No labels are used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from models.training.loop import Optim, Trained, train
 from models.training.members import channels_last
 from models.training.transfer import Cache, Transfer
 
-KINDS = ("bridge", "distilled", "mse", "kl", "pair", "curve", "spread")
+KINDS = ("bridge", "distilled", "mse", "kl", "bridge_pair", "pair", "curve", "spread")
+BRIDGES = ("bridge", "bridge_pair")  # kinds of T steps that learn u; the others arrive in one evaluation
+PAIRS = ("bridge_pair", "pair")
 LEAST_SPREAD = 1e-6  # nats of mutual information below which members count as equal
 
 
@@ -33,7 +35,8 @@ class BridgeRecipe:
     """`offramp train bridge`. `ensemble` names the model whose member 1 is the source.
 
     Every kind in `kinds` is trained with each of `seeds` seeds. `pair_teachers`: members whose mean each network of a
-    pair learns. `distill`: how a bridge's student is trained. `curve`: the curves that kind `curve` needs.
+    pair learns, a bridge (`bridge_pair`) or a KL regressor (`pair`). `distill`: how a bridge's student is trained.
+    `curve`: the curves that kind `curve` needs.
     """
 
     name: str
@@ -65,9 +68,10 @@ def runs(recipe: BridgeRecipe, members: int) -> list[Run]:
     made, everyone = [], tuple(range(members))
     for seed in range(recipe.seed + 1, recipe.seed + 1 + recipe.seeds):
         for kind in (k for k in KINDS if k in recipe.kinds):
-            if kind == "pair":
+            if kind in PAIRS:
                 for letter, teachers in zip("abcdefgh", recipe.pair_teachers, strict=False):
-                    made.append(Run(f"pair-{seed}-{letter}", kind, seed, tuple(teachers)))
+                    name = f"{kind.replace('_', '-')}-{seed}-{letter}"
+                    made.append(Run(name, kind, seed, tuple(teachers)))
             elif kind == "curve":
                 made += [Run(f"curve-{end + 1}-{seed}", kind, seed, curve=end) for end in recipe.curve.ends]
             elif kind != "spread" or seed == recipe.seed + 1:
@@ -77,7 +81,7 @@ def runs(recipe: BridgeRecipe, members: int) -> list[Run]:
 
 def network_config(run: Run, recipe: BridgeRecipe) -> BridgeConfig:
     """A bridge has the recipe's steps, every other kind one."""
-    steps = recipe.network.steps if run.kind == "bridge" else 1
+    steps = recipe.network.steps if run.kind in BRIDGES else 1
     return dataclasses.replace(recipe.network, steps=steps, outputs=int(run.kind == "spread"))
 
 
@@ -145,7 +149,17 @@ def spread_loss(model: BridgeNetwork, tap: Tensor, late: Tensor, logits: Tensor,
 
 
 Loss = Callable[[BridgeNetwork, Tensor, Tensor, Tensor, Tensor], Tensor]
-LOSSES: dict[str, Loss] = {"bridge": bridge_loss, "distilled": mse_loss, "mse": mse_loss, "spread": spread_loss}
+LOSSES: dict[str, Loss] = {
+    **dict.fromkeys(BRIDGES, bridge_loss),
+    "distilled": mse_loss,
+    "mse": mse_loss,
+    "spread": spread_loss,
+}
+
+
+def loss_of(run: Run) -> Loss:
+    """What a network minimises: KL where its kind has nothing of its own."""
+    return LOSSES.get(run.kind, kl_loss)
 
 
 def train_run(
@@ -162,7 +176,7 @@ def train_run(
     if run.kind == "distilled":
         assert start is not None
         begin_at_the_source(model, start)
-    z0, loss = goal(run, cache, midpoints or {}, start), LOSSES.get(run.kind, kl_loss)
+    z0, loss = goal(run, cache, midpoints or {}, start), loss_of(run)
     optim = recipe.distill if run.kind == "distilled" else recipe.optim
 
     def on_batch(step: int) -> Tensor:

@@ -21,6 +21,7 @@ from models.training import compare, exit_heads
 from models.training.curves import midpoints
 from models.training.data import splits
 from models.training.diffusion import DiffusionRecipe, model_config, train_diffusion
+from models.training.distance import DistanceRecipe, fit_distance, write_distance
 from models.training.distill import DistillRecipe, train_students
 from models.training.exits import ExitsRecipe, train_exits
 from models.training.members import MembersRecipe, temperatures, train_members
@@ -136,6 +137,17 @@ def heads(recipe: Recipe, data: Data, out: Out) -> None:
     validation = exit_heads.Validation(members[0], split.selection)
     made = exit_heads.train_exit_heads(r, cache, members[0], validation, out / "runs" / r.name)
     done(**exit_heads.write_heads(out / r.name, r, read_config(folder, "ensemble"), made), seed=r.seed)
+
+
+@app.command()
+def distance(recipe: Recipe, data: Data, out: Out) -> None:
+    """Fit how far an image's features lie from those of each class, on images that the source did not see."""
+    r = read_recipe(recipe, DistanceRecipe)
+    folder = out / r.ensemble
+    ensemble, source = read_config(folder, "ensemble"), load_members(folder)[0]
+    unseen = splits(data).train[slice(ensemble["trained_on"]["images"], None)]
+    network = fit_distance(r, source, unseen)
+    done(model=r.name, weights=write_distance(out / r.name, r, ensemble, network, len(unseen)), images=len(unseen))
 
 
 @app.command("compare")

@@ -27,7 +27,7 @@ from models.training.transfer import Cache, Transfer
 from models.uncertainty.early_exit import (
     Curve,
     Floats,
-    choose_thresholds,
+    choose_confidences,
     confidences,
     mixture,
     own_losses,
@@ -99,7 +99,7 @@ class Validation:
             return macs.costs([first, second, True])
 
         curve = Curve(confidences(answers[:2], heat[:2]), np.stack(losses, 1), costs)
-        if budget not in (chosen := choose_thresholds(curve, [budget])):
+        if budget not in (chosen := choose_confidences(curve, [budget])):
             first = costs(True, False)[0]
             raise RecipeError(f"cost: {budget:g} is less than the first exit costs, set {first:.2f} or more")
         limits = chosen[budget]

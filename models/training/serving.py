@@ -20,7 +20,7 @@ from models.bridge.process import TEMPERATURE
 from models.bridge.sample import run_bridge
 from models.store import write_model
 from models.tasks.classifier import to_pixels
-from models.training.bridge import BridgeRecipe, Run
+from models.training.bridge import PAIRS, BridgeRecipe, Run
 from models.training.data import Split
 from models.uncertainty.scores import fit_temperature, log_softmax, nll, soften
 
@@ -123,8 +123,10 @@ def several(
 ) -> Ways:
     """Pairs that share the teachers, with and without the source counted once, and pairs that each learned from all."""
     m, n = len(recipe.pair_teachers), len(recipe.pair_teachers[0])
-    ways = mixtures("pair", 0.0, todo, networks, validation)
-    ways |= mixtures("pair", (m - 1) / (m * n), todo, networks, validation)
+    ways: Ways = {}
+    for kind in PAIRS:
+        for source_weight in (0.0, (m - 1) / (m * n)):
+            ways |= mixtures(kind, source_weight, todo, networks, validation)
     for kind in DIRECT:
         names = [run.name for run in todo if run.kind == kind]
         for first, second in zip(names, names[1:] + names[:1], strict=True) if len(names) > 2 else ():

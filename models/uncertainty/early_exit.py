@@ -66,7 +66,7 @@ class Curve:
         return float(costs[left].mean()), float(self.losses[np.arange(len(left)), left].mean())
 
 
-def choose_thresholds(curve: Curve, budgets: Sequence[float], levels: int = 25) -> dict[float, tuple[float, float]]:
+def choose_confidences(curve: Curve, budgets: Sequence[float], levels: int = 25) -> dict[float, tuple[float, float]]:
     """Per budget the thresholds of least loss whose mean cost is at most the budget, among quantiles of confidence."""
     grid = [[0.0, *np.quantile(s, np.linspace(0, 1, levels)[1:]), np.inf] for s in curve.scores.T]
     tried = {pair: curve.at(pair) for pair in itertools.product(*grid)}

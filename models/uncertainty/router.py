@@ -103,7 +103,7 @@ class Router:
         return {"rule": self.rule, "window": window, "default": self.default, "points": points, "sets": sets}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Router:
+    def from_json(cls, found: Mapping[str, Any], foreign: Thresholds | None = None) -> Router:
         """The inverse of `to_json`; UserError, KeyError, TypeError or ValueError on what is not one."""
         sets, window = found["sets"], found["window"]
         rule = Rule(float(sets["penalty"]), int(sets["free"]), bool(sets["randomised"]))
@@ -117,6 +117,7 @@ class Router:
                 math.inf if p["least"] is None else float(p["least"]),
                 Thresholds.from_json(p["decision"]),
                 conformal,
+                foreign,
             )
             for p in found["points"]
         ]
@@ -139,8 +140,9 @@ def fit(
     target: Target = TARGET,
     abstain_share: float = ABSTAIN_SHARE,
     shares: Sequence[float] = SHARES,
+    foreign: Thresholds | None = None,
 ) -> Router:
-    """From the cheap and the dear method on both halves of validation.
+    """From the cheap and the dear method on both halves of validation; `foreign` goes with every contract.
 
     The selection half chooses the rule of urgency (lower NLL, mean over `shares`), the thresholds of every point and
     the default, the cheapest point that escalates any rows and is within `NEAR` of the dear method's NLL (the point
@@ -162,17 +164,24 @@ def fit(
     for share in shares:
         least = least_urgency(urgent, costs, costs.mean(share))
         escalated = urgent >= least
-        answers = Answers(combine(cheap.p, dear.p, escalated), labels, cheap.u)
+        answers = Answers(combine(cheap.p, dear.p, escalated), labels, cheap.u, cheap.familiar)
         thresholds = choose_thresholds(answers, target, abstain_share)
         seen = float(escalated.mean())
-        points.append(_terms(seen, costs.mean(seen), least, thresholds, calibrated))
+        points.append(_terms(seen, costs.mean(seen), least, thresholds, calibrated, foreign))
         near.append(seen > 0.0 and nll(answers.p, labels) <= (1.0 + NEAR) * nll(dear.p, labels))
     default = near.index(True) if True in near else len(points) - 1
     return Router(chosen, window, tuple(points), default, calibrated)
 
 
-def _terms(share: float, cost: float, least: float, thresholds: Thresholds, conformal: CascadeConformal) -> Terms:
-    return Terms(Contract(thresholds, conformal.at(least)), least, share, cost)
+def _terms(
+    share: float,
+    cost: float,
+    least: float,
+    thresholds: Thresholds,
+    conformal: CascadeConformal,
+    foreign: Thresholds | None,
+) -> Terms:
+    return Terms(Contract(thresholds, conformal.at(least), foreign), least, share, cost)
 
 
 def _contract(terms: Terms) -> Contract:

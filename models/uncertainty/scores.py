@@ -20,6 +20,7 @@ DIRECTION = {
     "disagreement_source_vs_estimate": 1,
     "expected_entropy": 1,
     "mutual_information": 1,
+    "feature_distance": 1,
 }
 
 

@@ -160,17 +160,27 @@ class Purified(BaseModel):
 
 
 class ClassifyReceipt(BaseModel):
-    """How the answer was made; costs are conv + linear MACs relative to `single`. `purified` stands with `purify`, the
-    other optional ones are a cascade's.
+    """How the answer was made; costs are conv + linear MACs relative to `single`.
+
+    `purified` stands with `purify`; `expected_cost` and `image_costs` with `exits` and `cascade`, `escalated` with
+    `cascade`, `exits` with `exits` and a cascade that starts with it, `time_vs_single` with the other methods.
     """
 
     model_config = ConfigDict(extra="allow")
 
     method: str
     cost_vs_single: float = Field(description="Mean over the images, as they ran.")
-    expected_cost: float | None = Field(None, description="Mean over validation at the point that max_cost picked.")
+    time_vs_single: float | None = Field(
+        None, description="As measured once: eager, batches of 32. Absent where it was not, or depends on the images."
+    )
+    expected_cost: float | None = Field(
+        None, description="Mean over validation, of a cascade at the point that max_cost picked."
+    )
     escalated: list[int] | None = Field(None, description="Images that the members answered, from 0.")
     image_costs: list[float] | None = Field(None, description="By image.")
+    exits: list[int] | None = Field(
+        None, description="By image the stage of the source that answered, from 1; 0 where the members did."
+    )
     purified: Purified | None = None
 
 

@@ -8,10 +8,12 @@ from torch import nn
 
 from models.api import ClassifyWork
 from models.backbones.bridge import BridgeConfig, BridgeNetwork
+from models.backbones.distance import FeatureDistance
 from models.backbones.early_exits import ExitHeads
 from models.backbones.resnet import ResNet, ResNetConfig
 from models.bridge.process import TEMPERATURE
 from models.store import read_config, write_model
+from models.uncertainty.gaussians import Gaussians
 
 LABELS = ["a", "b", "c"]
 SHAPE = ResNetConfig(classes=3, width=8)
@@ -121,6 +123,23 @@ def write_exits(root, **changes):
         "serve": "heads-1",
     }
     write_model(root / "toy-exits", config, {"heads-1.safetensors": heads.state_dict()})
+
+
+def write_distance(root, fields=2, **changes):
+    """The distance folder of `toy`, of Gaussians over noise."""
+    rng, size = np.random.default_rng(4), SHAPE.width * fields**2
+    gaussians = Gaussians.fit(rng.normal(1.0, 2.0, (9 * size, size)), np.arange(9 * size) % 3, shared=False)
+    source = "member-0.safetensors"
+    config = {
+        "kind": "distance",
+        "name": "toy-distance",
+        "backbone": "distance",
+        "ensemble": "toy",
+        "source": {"file": source, "sha256": read_config(root / "toy")["files"][source], "tap": "first"},
+        "fields": fields,
+    }
+    state = FeatureDistance.from_gaussians(gaussians, fields).state_dict()
+    write_model(root / "toy-distance", config | changes, {"distance.safetensors": state}, keep_dtype=True)
 
 
 def make_whole_zoo(root):

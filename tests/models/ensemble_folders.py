@@ -50,6 +50,7 @@ def make_bridges(ensemble, seeds=2, spread=True):
             add(f"{kind}-{seed}", kind, seed, [0, 1, 2], steps=1, logits=kind == "kl")
         for half, teachers in (("a", [0, 1, 2]), ("b", [0, 3, 4])):
             add(f"pair-{seed}-{half}", "pair", seed, teachers, steps=1)
+            add(f"bridge-pair-{seed}-{half}", "bridge_pair", seed, teachers, steps=3)
         for member in (2, 3):
             add(f"curve-{member}-{seed}", "curve", seed, [0, member - 1], steps=1)
         if spread:

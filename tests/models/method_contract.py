@@ -19,12 +19,14 @@ from tests.models.classifiers import IMAGES, flood, run, work
 BASE = {"entropy", "margin", "max_probability", "temperature"}
 FROM_SOURCE = {"source_entropy", "disagreement_source_vs_estimate"}
 DOSE = Dose(u=0.3, steps=2, draws=1)
+OF_FEATURES = {"feature_distance"}
 OF_MEMBERS = {"expected_entropy", "mutual_information"}
 
 
 def check_answers(task, method):
     """Probabilities are finite and sum to 1; uncertainty is of the served p, and no more than the method can know."""
     ran = set(task.plans[method].networks)
+    measures = len(task.networks[SOURCE](task.pixels[:1])) > 3
     members = {name for name in ran if name.startswith("member-")}
     for row in run(task, work(method, *IMAGES)):
         p, said = np.array(row.probabilities), row.uncertainty
@@ -38,7 +40,8 @@ def check_answers(task, method):
         assert set(said) >= BASE
         asked_members = bool(members) and (method != "cascade" or row.escalated)
         assert (set(said) >= OF_MEMBERS) == asked_members
-        assert set(said) <= BASE | FROM_SOURCE | (OF_MEMBERS if asked_members else set())
+        assert set(said) <= BASE | FROM_SOURCE | OF_FEATURES | (OF_MEMBERS if asked_members else set())
+        assert (set(said) >= OF_FEATURES) == (measures and task.plans[method].networks[0] in (SOURCE, "exit-1"))
         if SOURCE not in ran and not row.escalated:
             assert not FROM_SOURCE & set(said)
         for key in ({"source_entropy"} | OF_MEMBERS) & set(said):

@@ -8,7 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+from models.methods.interface import Expected
 from models.registry import METHODS
+from models.store import read_config, write_json
 from models.tasks.classify import load
 from tests.models import method_contract
 from tests.models.classifiers import IMAGES, make_whole_zoo, make_zoo, run, work
@@ -53,3 +55,31 @@ def test_with_two_members_it_is_the_ensemble(duo, tmp_path):
 
 def test_with_one_member_it_is_not_served(duo, tmp_path):
     assert duo not in load(make_zoo(tmp_path, members=1), 4, "cpu").info.methods
+
+
+def test_a_method_that_leaves_early_is_charged_as_it_says(duo, tmp_path, monkeypatch):
+    kind = METHODS[duo].split(":")[1]
+    example = getattr(sys.modules[METHODS[duo].split(":")[0]], kind)
+
+    class Early(example):
+        """Advertises half of its plan, and charges what rows ran."""
+
+        def __init__(self, classifier, calibration):
+            super().__init__(classifier, calibration)
+            self.expected = Expected(1.5, 1)
+
+        def paid(self, rows, max_cost):
+            costs = [1.0 + row.escalated + i for i, row in enumerate(rows)]
+            return {"cost_vs_single": float(np.mean(costs)), "image_costs": costs}
+
+    monkeypatch.setattr(sys.modules[METHODS[duo].split(":")[0]], kind, Early)
+    folder = make_zoo(tmp_path)
+    config = read_config(folder)
+    write_json(folder / "config.json", config | {"times": {duo: 1.7, "single": 1.0}})
+    task = load(folder, 12, "cpu")
+    assert (task.info.methods[duo], task.info.calls[duo]) == (1.5, 1)
+    job = work(duo, *IMAGES[:2])
+    assert task.receipt(job, run(task, job)) == {"method": duo, "cost_vs_single": 1.5, "image_costs": [1.0, 2.0]}
+    job = work("single", IMAGES[0])
+    receipt = {"method": "single", "cost_vs_single": 1.0, "time_vs_single": 1.0}
+    assert task.receipt(job, run(task, job)) == receipt

@@ -34,7 +34,7 @@ def test_costs_are_counted(carried, folder):
     late, one = source.features(tap), torch.ones(1, dtype=torch.int64)
     light = {n: count_macs(m, lambda m=m: m(tap, z, one, late)) for n, m in carried.networks.items()}
     assert costs["DBN x1, 3 steps"].macs == pytest.approx(1 + 3 * light["bridge-1"] / base)
-    assert costs["DBN x2"].macs == pytest.approx(1 + (light["pair-1-a"] + light["pair-1-b"]) / base)
+    assert costs["DBN x2"].macs == pytest.approx(1 + (light["bridge-pair-1-a"] + light["bridge-pair-1-b"]) / base)
     assert costs["DBN x2"] is costs["DBN x2, corrected"]
     assert costs["student"].macs == costs["student"].parameters == 1
     assert costs["DE-3"].macs == 3
@@ -48,7 +48,7 @@ def test_costs_are_counted(carried, folder):
 def test_served_ways_are_found_among_the_rows(carried):
     assert carried.served == {
         "bridge": "DBN x1, distilled",
-        "bridges": "DBN x2, corrected",
+        "bridges": "regressors x2, KL, corrected",
         "bridge_network": "bridge network",
         "distilled": "student",
     }
@@ -78,11 +78,14 @@ def test_a_network_that_gave_too_little_is_clipped():
 def test_ways_follow_kind_and_seed():
     entry = {"network": {"steps": 1}, "teachers": [0, 1, 2, 3]}
     names = {"pair-2-a": ("pair", 2), "pair-1-a": ("pair", 1), "pair-1-b": ("pair", 1), "pair-1-c": ("pair", 1)}
+    names |= {f"bridge-pair-3-{half}": ("bridge_pair", 3) for half in "ab"}
     names |= {"bridge-7": ("bridge", 7), "spread-1": ("spread", 1)}
     found = ways({name: {"kind": kind, "seed": seed, **entry} for name, (kind, seed) in names.items()})
     assert found["DBN x1, 1 evaluation"] == [Way(("bridge-7",))]
-    assert found["DBN x3, corrected"] == [Way(("pair-1-a", "pair-1-b", "pair-1-c"), 1, 2 / 12)]
-    assert found["DBN x1"] == [Way(("pair-2-a",))]
+    assert found["regressors x3, KL, corrected"] == [Way(("pair-1-a", "pair-1-b", "pair-1-c"), 1, 2 / 12)]
+    assert found["regressors x1, KL"] == [Way(("pair-2-a",))]
+    assert found["DBN x2"] == [Way(("bridge-pair-3-a", "bridge-pair-3-b"))]
+    assert found["DBN x2, corrected"] == [Way(("bridge-pair-3-a", "bridge-pair-3-b"), 1, 1 / 8)]
 
 
 @pytest.mark.parametrize(("dropped", "match"), [("networks", "no `networks` table"), ("sha256", "another member-1")])

@@ -70,7 +70,7 @@ def test_the_receipt_counts_what_ran(task, folder, cheap):
     job = work("cascade", *IMAGES, max_cost=COSTLY)
     rows = run(task, job)
     receipt = task.receipt(job, rows)
-    macs, plan = load_classifier(folder).macs(), task.plans["cascade"].networks
+    macs, plan = load_classifier(folder).macs, task.plans["cascade"].networks
     first = task.plans[cheap].networks
     own = [first[: first.index(f"exit-{row.exit}") + 1] if row.exit else first for row in rows]
     ran = [plan if row.escalated else names for row, names in zip(rows, own, strict=True)]

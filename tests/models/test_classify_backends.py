@@ -8,12 +8,24 @@ import pytest
 import torch
 
 from models.api import Runtime
-from models.backends import compiled, independent
+from models.backends import compiled, independent, onnx
 from models.backends.interface import Place, relative_error
 from models.tasks.classifier import load_classifier
 from models.tasks.classify import load
 from models.tasks.parts import parts
-from tests.models.classifiers import IMAGES, LIGHT, SHAPE, make_zoo, run, served, work, write_bridges, write_student
+from tests.models.classifiers import (
+    IMAGES,
+    LIGHT,
+    SHAPE,
+    make_zoo,
+    run,
+    served,
+    work,
+    write_bridges,
+    write_distance,
+    write_exits,
+    write_student,
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +36,7 @@ def folder(tmp_path_factory):
     entries = {"bridge": served(["plain"], 5), "bridges": served(["plain", "seeing"], 1, 0.2)}
     write_bridges(root, entries, {"plain": LIGHT, "seeing": seeing})
     write_student(root)
+    write_distance(root)
     return folder
 
 
@@ -42,6 +55,7 @@ def same_answers(task, eager):
         rows, expected = (run(t, work(method, *IMAGES[:5])) for t in (task, eager))
         for row, wanted in zip(rows, expected, strict=True):
             assert row.probabilities == pytest.approx(wanted.probabilities, rel=1e-3, abs=1e-5), method
+            assert row.uncertainty == pytest.approx(wanted.uncertainty, rel=1e-3, abs=1e-4), method
 
 
 def test_exports_answer_as_eager_and_are_kept(folder, eager, cache):
@@ -52,6 +66,26 @@ def test_exports_answer_as_eager_and_are_kept(folder, eager, cache):
     again = load(folder, 12, "cpu", Runtime(backend="onnx", cache=str(cache)))
     assert f"{count} networks (0 exported)" in again.info.backend
     assert len({path.parent for path in cache.rglob("*.onnx")}) == 1
+
+
+def test_exits_that_move_are_exported_again(tmp_path):
+    folder, cache = make_zoo(tmp_path, members=1), str(tmp_path / "cache")
+    write_exits(tmp_path)
+    load(folder, 12, "cpu", Runtime(backend="onnx", cache=cache))
+    write_exits(tmp_path, thresholds=[None, 0.665])
+    moved = load(folder, 12, "cpu", Runtime(backend="onnx", cache=cache))
+    assert moved.info.backend.startswith("onnx: CPUExecutionProvider")
+    same_answers(moved, load(folder, 12, "cpu"))
+
+
+def test_an_export_with_other_inputs_is_made_again(folder, tmp_path):
+    place = Place(weights="w", rows=12, device=torch.device("cpu"), cache=tmp_path)
+    member, *_, bridge = parts(load_classifier(folder))
+    onnx.Exports(place).program(dataclasses.replace(bridge, name=member.name))
+    exports = onnx.Exports(place)
+    program, x = exports.program(member), member.example(3)
+    assert exports.made == 1
+    assert max(map(relative_error, program(*x), member.run(*x))) < 1e-4
 
 
 def test_compiled_networks_answer_as_eager(tmp_path, monkeypatch):

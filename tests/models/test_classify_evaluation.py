@@ -15,7 +15,7 @@ from models.evaluation.classify_report import classify_table
 from models.evaluation.costs import Counter, cost_of_cascade, costs_of
 from models.evaluation.ensembles import load_pool, rows_of_ensembles, subsets
 from models.evaluation.metrics import deep_ensemble_equivalent, spearman
-from models.evaluation.score import Answers, Row, score
+from models.evaluation.score import Answers, TableRow, score
 from models.evaluation.uncertainty import study
 from models.tasks.classifier import load_classifier, to_pixels
 from models.training.data import Split, Splits
@@ -58,6 +58,9 @@ def carried(folder):
     return load_carried(folder)
 
 
+PAIRS = ("bridge-pair", "pair")
+
+
 @pytest.fixture(scope="module")
 def splits(pool):
     return Splits(images(1, 0), *(labelled(pool, n, n) for n in (200, 210, 220)))
@@ -84,18 +87,24 @@ def of(member, split):
 
 def test_rows_of_networks_are_their_definitions(made, pool, carried, splits):
     networks, test = carried.networks, splits.test
-    a, b = (alone(pool, networks[f"pair-1-{half}"], test) for half in "ab")
+    first, second = ([alone(pool, networks[f"{kind}-1-{half}"], test) for half in "ab"] for kind in PAIRS)
     curves = [alone(pool, networks[f"curve-{j}-1"], test) for j in (2, 3)]
     source = of(pool[0], test)
-    corrected = np.maximum((3 * (a + b) - source) / 5, 1e-6)
+
+    def corrected(pair):
+        p = np.maximum((3 * sum(pair) - source) / 5, 1e-6)
+        return p / p.sum(1, keepdims=True)
+
     expected = {
         "DBN x1, 3 steps": alone(pool, networks["bridge-1"], test, 3),
         "DBN x1, 1 evaluation": alone(pool, networks["bridge-1"], test),
         "DBN x1, distilled": alone(pool, networks["distilled-1"], test),
         "regressor, MSE": alone(pool, networks["mse-1"], test),
         "regressor, KL": alone(pool, networks["kl-1"], test),
-        "DBN x2": (a + b) / 2,
-        "DBN x2, corrected": corrected / corrected.sum(1, keepdims=True),
+        "DBN x2": sum(first) / 2,
+        "DBN x2, corrected": corrected(first),
+        "regressors x2, KL": sum(second) / 2,
+        "regressors x2, KL, corrected": corrected(second),
         "bridge network": (sum(curves) + source) / 3,
         "student": of(carried.students["student-1"], test),
     }
@@ -223,5 +232,5 @@ def test_seeds_have_intervals_and_subsets_do_not():
     answers = Answers(*(np.log(np.random.default_rng(i).dirichlet(np.ones(3), 30)) for i in (0, 1, 2)))
     one = score(answers, np.arange(30) % 3, np.arange(30) % 3)
     two = replace(one, acc=one.acc + 0.1)
-    assert {"mean", "se", "low", "high", "n"} == set(Row([one, two]).summary()["acc"])
-    assert {"mean", "se", "n"} == set(Row([one, two], [(0,), (1,)], 2).summary()["acc"])
+    assert {"mean", "se", "low", "high", "n"} == set(TableRow([one, two]).summary()["acc"])
+    assert {"mean", "se", "n"} == set(TableRow([one, two], [(0,), (1,)], 2).summary()["acc"])

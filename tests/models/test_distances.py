@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from models.backbones.resnet import ResNet, ResNetConfig
-from models.evaluation.distances import Gaussians, layers, measure
+from models.evaluation.distances import layers, measure
 from models.training.data import Split
+from models.uncertainty.gaussians import Gaussians
 
 
 def two_classes(n=20_000):

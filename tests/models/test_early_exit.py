@@ -27,7 +27,7 @@ from models.training.heads import (
     train_jointly,
 )
 from models.training.loop import Optim
-from models.uncertainty.early_exit import Curve, choose_thresholds, mixture, route
+from models.uncertainty.early_exit import Curve, choose_confidences, mixture, route
 from tests.models.test_classify_task import make_zoo
 from tests.models.test_evaluation import data  # noqa: F401
 
@@ -147,7 +147,7 @@ def test_chosen_thresholds_keep_to_their_budget_and_dearer_ones_are_no_worse():
         return np.array([0.4, 0.7, 1.0]) + 0.01 * np.array([first, first + second, first + second])
 
     curve = Curve(scores, losses, costs)
-    chosen = choose_thresholds(curve, [0.1, 0.45, 0.6, 0.8, 1.1])
+    chosen = choose_confidences(curve, [0.1, 0.45, 0.6, 0.8, 1.1])
     assert 0.1 not in chosen
     found = [curve.at(pair) for pair in chosen.values()]
     assert all(cost <= budget for budget, (cost, _) in zip(chosen, found, strict=True))

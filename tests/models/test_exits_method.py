@@ -13,13 +13,14 @@ from models.store import StoreError, read_config, sha256, write_json, write_mode
 from models.tasks.classifier import load_classifier, to_pixels
 from models.tasks.classify import load
 from models.training.data import Split
-from tests.models.classifiers import IMAGES, LEAVING, make_zoo, run, work, write_exits
+from tests.models.classifiers import IMAGES, LEAVING, make_zoo, run, work, write_distance, write_exits
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = make_zoo(tmp_path_factory.mktemp("zoo"), evaluations=1, members=2)
     write_exits(folder.parent)
+    write_distance(folder.parent)
     return folder
 
 
@@ -59,7 +60,7 @@ def test_rows_leave_as_soon_as_they_are_sure(task, folder):
 
 def test_the_receipt_says_who_left_where_and_what_it_cost(task, folder):
     job, classifier = work("exits", *IMAGES), load_classifier(folder)
-    receipt, macs = task.receipt(job, rows := run(task, job)), classifier.macs()
+    receipt, macs = task.receipt(job, rows := run(task, job)), classifier.macs
     costs = np.cumsum([macs[f"exit-{stage}"] for stage in (1, 2, 3)]) / macs["source"]
     assert receipt["exits"] == [row.exit for row in rows]
     assert receipt["image_costs"] == pytest.approx([costs[row.exit - 1] for row in rows])
@@ -76,7 +77,7 @@ def test_a_stage_without_a_threshold_runs_no_head(tmp_path):
     rows = run(task, work("exits", *IMAGES))
     assert {row.exit for row in rows} == {1, 3}
     assert [name for name, _ in seen] == ["exit-1", "exit-3"]
-    full = load_classifier(folder).macs()
+    full = load_classifier(folder).macs
     assert max(task.receipt(work("exits", *IMAGES), rows)["image_costs"]) == pytest.approx(
         (full["exit-1"] + full["exit-3"]) / full["source"]
     )
@@ -87,6 +88,7 @@ def test_a_backend_answers_the_same(task, folder, tmp_path):
     assert exported.info.backend.startswith("onnx: ")
     for row, wanted in zip(*(run(t, work("exits", *IMAGES)) for t in (exported, task)), strict=True):
         assert row.exit == wanted.exit
+        assert row.uncertainty == pytest.approx(wanted.uncertainty, rel=1e-3, abs=1e-4)
         assert row.probabilities == pytest.approx(wanted.probabilities, rel=1e-3, abs=1e-5)
 
 
@@ -104,7 +106,7 @@ REFUSED = {
     ),
     "other heads": ({"heads": {"grid": 3, "hidden": 6}}, "does not fit the source"),
     "no heads": ({"heads": {}}, "missing or malformed"),
-    "no such network": ({"serve": "heads-2"}, "heads-2.safetensors does not exist"),
+    "no such network": ({"serve": "heads-2"}, "files has no heads-2.safetensors"),
     "two temperatures": ({"temperatures": [1.0, 1.0]}, "3 stages need 2 thresholds, 3 temperatures"),
     "no temperature": ({"temperatures": [1.0, 0.0, 1.0]}, "temperatures must be above 0"),
     "not a threshold": ({"thresholds": [float("nan"), 0.5]}, "thresholds must be probabilities"),
@@ -153,8 +155,8 @@ def test_the_evaluations_row_is_what_is_served(folder):
     np.testing.assert_allclose(np.exp(leaving.leave(exits, split, batch=40)[0]), found.p["exits"], atol=1e-5)
     counter = Counter(classifier.members, None, (28, 28, 1))
     cost = leaving.cost_of_exits(counter, exits, found.left)
-    assert cost.macs == pytest.approx(np.mean([classifier.exits.costs[k] for k in found.left]))
+    assert cost.macs == pytest.approx(np.mean([exits.costs[k] for k in found.left]))
     assert set(cost.times) == {1, 32}
     assert min(cost.times.values()) > 0
-    held = {id(p): p.numel() for e in classifier.exits.networks for p in e.parameters()}
+    held = {id(p): p.numel() for e in exits.networks for p in e.parameters()}
     assert cost.parameters == pytest.approx(sum(held.values()) / parameters(classifier.members[0]))

@@ -1,6 +1,7 @@
 """Every classify method keeps the contract; what several bridges do to the source; folders that cannot be served."""
 
 import dataclasses
+import math
 import random
 
 import numpy as np
@@ -11,7 +12,7 @@ from models.bridge.mixture import FLOOR, mixture
 from models.evaluation.served import calibrate
 from models.evaluation.served import run as run_split
 from models.registry import METHODS
-from models.store import StoreError, read_config, write_json
+from models.store import StoreError, read_config, read_json, write_json
 from models.tasks.classifier import load_classifier
 from models.tasks.classify import load
 from models.tasks.contracts import write_calibration
@@ -22,12 +23,14 @@ from tests.models import classifiers, method_contract
 from tests.models.classifiers import (
     IMAGES,
     LIGHT,
+    SHAPE,
     make_whole_zoo,
     make_zoo,
     run,
     served,
     work,
     write_bridges,
+    write_distance,
     write_student,
 )
 from tests.models.purifiers import write_purifier
@@ -38,19 +41,21 @@ def split(n, seed):
     return Split(rng.integers(0, 256, (n, 28, 28, 1), dtype=np.uint8), rng.integers(0, 3, n))
 
 
-def calibrated_whole_zoo(root):
-    """`toy` with all that any method needs, a purifier and a calibration."""
+def calibrated_whole_zoo(root, distance=False):
+    """`toy` with all that any method needs, a purifier and a calibration; a feature distance where asked."""
     folder = make_whole_zoo(root)
     write_purifier(root)
+    if distance:
+        write_distance(root)
     classifier = load_classifier(folder)
     halves = run_split(classifier, split(60, 1)), run_split(classifier, split(80, 2))
     write_calibration(folder, classifier, calibrate(classifier, *halves, Target("escalate_share", 0.3), 0.1))
     return folder
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return calibrated_whole_zoo(tmp_path_factory.mktemp("zoo"))
+@pytest.fixture(scope="module", params=[False, True], ids=["without a distance", "with a distance"])
+def folder(tmp_path_factory, request):
+    return calibrated_whole_zoo(tmp_path_factory.mktemp("zoo"), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +159,7 @@ def changed_bridges(root, **changes):
 
 
 OTHER = {"channels": 3}
+BELOW_ONE = "serve.bridge.source_weight must be a finite number below 1, got"
 REFUSED = {
     "another source": ({"source": {"sha256": "0" * 64}}, "trained on another member-0"),
     "another member as source": ({"source": {"file": "member-1.safetensors"}}, "trained on another member-1"),
@@ -164,8 +170,18 @@ REFUSED = {
     "no network": ({"serve": {"bridge": served([])}}, "networks must be one or more"),
     "a network twice": ({"serve": {"bridge": served(["plain", "plain"])}}, "networks must be one or more, each once"),
     "other evaluations": ({"serve": {"bridge": served(["plain"], 3)}}, "evaluations must be 1 or 5"),
-    "all of it the source": ({"serve": {"bridge": served(["plain"], 1, 1.0)}}, "source_weight must be below 1"),
-    "no temperature": ({"serve": {"bridge": {"networks": ["plain"], "evaluations": 1}}}, "missing or malformed"),
+    "all of it the source": ({"serve": {"bridge": served(["plain"], 1, 1.0)}}, BELOW_ONE),
+    "no finite weight": ({"serve": {"bridge": served(["plain"], 1, -math.inf)}}, BELOW_ONE),
+    "no temperature": (
+        {"serve": {"bridge": {"networks": ["plain"], "evaluations": 1, "source_weight": 0.0}}},
+        "toy-bridge/config.json: serve.bridge.temperature must be a finite number above 0, got None",
+    ),
+    "cold": ({"serve": {"bridge": served(["plain"]) | {"temperature": 0}}}, "serve.bridge.temperature must be"),
+    "not softened": ({"softening": 0}, "toy-bridge/config.json: softening must be a finite number above 0, got 0"),
+    "another network's file": (
+        {"networks": {"plain": {"network": dataclasses.asdict(dataclasses.replace(LIGHT, widths=(8, 16)))}}},
+        "plain.safetensors does not fit networks.plain of config.json: blocks.1",
+    ),
 }
 
 
@@ -200,7 +216,10 @@ def test_bridges_of_another_shape_are_refused(tmp_path, changes, words):
         ({"labels": ["a", "b", "d"]}, "labels is not that of toy"),
         ({"image": [32, 32, 3]}, "image is not that of toy"),
         ({"serve": "none.safetensors"}, "missing or malformed"),
-        ({"temperature": None}, "missing or malformed"),
+        ({"temperature": None}, "toy-student/config.json: temperature must be a finite number above 0, got None"),
+        ({"temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
+        ({"temperature": math.nan}, "temperature must be a finite number above 0, got nan"),
+        ({"network": dataclasses.asdict(dataclasses.replace(SHAPE, width=16))}, "student-1.safetensors does not fit"),
     ],
 )
 def test_a_student_of_another_task_is_refused(tmp_path, changes, words):
@@ -208,6 +227,32 @@ def test_a_student_of_another_task_is_refused(tmp_path, changes, words):
     write_student(tmp_path, **changes)
     with pytest.raises(StoreError, match=words):
         load_classifier(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"temperatures": {"single": 1.3}}, "toy/config.json: temperatures.ensemble must be a finite number above 0"),
+        (
+            {"temperatures": {"single": 0, "ensemble": 1.0}},
+            "temperatures.single must be a finite number above 0, got 0",
+        ),
+        ({"temperatures": {"single": math.nan, "ensemble": 1.0}}, "temperatures.single must be .* got nan"),
+        ({"network": {"classes": 4}}, "member-0.safetensors does not fit `network` of config.json: fc.bias is"),
+    ],
+)
+def test_an_ensemble_that_cannot_be_served_is_refused(tmp_path, changes, words):
+    path = make_zoo(tmp_path) / "config.json"
+    config = read_json(path)
+    write_json(path, config | {k: config[k] | v if k == "network" else v for k, v in changes.items()})
+    with pytest.raises(StoreError, match=words):
+        load_classifier(path.parent)
+
+
+def test_defaults_of_a_shape_need_not_be_spelled_out(tmp_path):
+    folder = make_zoo(tmp_path)
+    changed_bridges(tmp_path, source={"network": {"classes": 3, "width": 8}})
+    assert "bridge" in load_classifier(folder).bridges
 
 
 @pytest.mark.parametrize(("name", "file"), [("toy-bridge", "plain"), ("toy-student", "student-1")])

@@ -248,6 +248,7 @@ def test_shipped_recipes_parse():
     from models.store import ZOO
     from models.training.bridge import KINDS, BridgeRecipe
     from models.training.compare import StudyRecipe
+    from models.training.distance import DistanceRecipe
     from models.training.distill import DistillRecipe
 
     folder = ZOO.parent / "training" / "recipes"
@@ -264,6 +265,7 @@ def test_shipped_recipes_parse():
         "fashion-budget-study": StudyRecipe,
         "fashion-student": DistillRecipe,
         "fashion-heads": ExitHeadsRecipe,
+        "fashion-distance": DistanceRecipe,
     }
     assert {p.stem for p in folder.glob("*.toml")} == set(kinds)
     for name, kind in kinds.items():

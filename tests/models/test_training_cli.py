@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from models.tasks.classify import load as load_classifier
@@ -31,6 +32,7 @@ RECIPES = {
     "[network]\nclasses = 2\nwidth = 8\n" + OPTIM.format("optim"),
     "heads": 'name = "hea"\nensemble = "ens"\nseeds = 2\ngrid = 2\nhidden = 4\ncost = 0.9\n[transfer]\nrows = 60\n'
     + OPTIM.format("optim"),
+    "distance": 'name = "dis"\nensemble = "ens"\nfields = 1\ncovariance = "shared"\n',
     "compare": 'kind = "mse"\n[base]\nname = "study"\nensemble = "ens"\nseeds = 2\n[base.transfer]\nrows = 40\n'
     "[base.network]\ntap_channels = 8\nclasses = 2\n"
     + OPTIM.format("base.optim")
@@ -59,7 +61,7 @@ def test_trained_in_order_they_serve(data, tmp_path):
         done = CliRunner().invoke(app, args, catch_exceptions=False)
         assert done.exit_code == 0, done.output
         summary = json.loads(done.stdout.strip().splitlines()[-1])
-        assert summary.get("model", "study") in {"base", "gen", "ens", "bri", "stu", "hea", "study"}
+        assert summary.get("model", "study") in {"base", "gen", "ens", "bri", "stu", "hea", "dis", "study"}
     assert set(summary["arms"]) == {"as-it-is", "late"}
     assert all(len(nll) == 2 and np.isfinite(nll).all() for nll in summary["arms"].values())
     assert [gear.name for gear in load_generator(out / "base", 1, "cpu").info.gears] == ["full"]
@@ -67,6 +69,7 @@ def test_trained_in_order_they_serve(data, tmp_path):
     assert (generator.default_gear, generator.gears[1].schedule.weights) == ("eco", generator.weights)
     served = load_classifier(out / "ens", 1, "cpu").info
     assert 0 < served.methods["exits"] <= 0.9
+    assert len(load_classifier(out / "ens", 1, "cpu").networks["source"](torch.zeros(1, 1, 28, 28))) == 4
     assert set(served.methods) == {
         "single",
         "bridge",

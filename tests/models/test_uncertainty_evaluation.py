@@ -66,8 +66,8 @@ def test_points_cost_what_their_members_do(found, classifier):
     points = at_points(found, classifier)
     assert [cost for _, cost, _ in points] == sorted(cost for _, cost, _ in points)
     bridge = classifier.costs()["bridge"]
-    for terms, cost, answers in points:
-        escalated = (answers.p != found.test.p["bridge"]).any(1).mean()
+    for terms, cost, outputs in points:
+        escalated = (outputs.p["cascade"] != found.test.p["bridge"]).any(1).mean()
         assert cost == pytest.approx(bridge + 2 * escalated)
         assert terms.cost == pytest.approx(cost, abs=0.2)
 
