@@ -178,8 +178,6 @@ class Fleet:
         """Every process answers, and every worker gave a sign of life."""
 
         def all_there() -> bool:
-            for member in self.members():
-                assert member.alive(), f"{member.name} ended:\n{member.log.read_text()[-3000:]}"
             said = [get_json(f"http://127.0.0.1:{port}/readyz") for port in self.ports]
             counts = [one["models"] for one in said if one]
             return len(counts) == len(said) and all(max(found.values(), default=0) >= 1 for found in counts)
@@ -188,6 +186,7 @@ class Fleet:
         wait_for("every worker", lambda: all(self._serving(worker) for worker in self.workers), seconds)
 
     def _serving(self, worker: Member) -> bool:
+        assert worker.alive(), f"{worker.name} ended:\n{worker.log.read_text()[-3000:]}"
         return f"-{worker.pid}-".encode() in b" ".join(
             member for key in self.redis().scan_iter("offramp:{m:*}:workers") for member in self.redis().zrange(key, 0, -1)
         )
