@@ -12,6 +12,7 @@ from types import FrameType
 
 import typer
 
+from service.dlq import app as dlq_app
 from service.keys_cli import app as keys_app
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys_app, name="keys")
+app.add_typer(dlq_app, name="dlq")
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -75,14 +77,17 @@ def gateway() -> None:
     logs.setup(settings.log_level)
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, _leave)
+    app = create_app(settings)
     config = uvicorn.Config(
-        create_app(settings),
+        app,
         host=settings.host,
         port=settings.port,
         log_config=None,
         timeout_graceful_shutdown=int(GRACE_S) - 5,
     )
-    uvicorn.Server(config).run()
+    server = uvicorn.Server(config)
+    app.state.leaving = lambda: server.should_exit
+    server.run()
 
 
 @app.command()

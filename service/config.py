@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.registry import BACKENDS
@@ -54,6 +56,10 @@ class Settings(BaseSettings):
     max_result_bytes: int = Field(64 * 2**20, ge=1024, description="Largest encoded result of a job.")
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Largest request body.")
     max_pixels: int = Field(4_000_000, ge=1, description="Largest picture, in pixels, that is decoded.")
+    webhook_secret: SecretStr | None = Field(
+        None, description="Signs webhooks: whsec_ and 24 to 64 bytes as base64; empty: requests with one are refused."
+    )
+    webhook_private: bool = Field(False, description="Let webhooks use http and reach private addresses.")
     log_level: str = Field("info", pattern=r"^(debug|info|warning|error)$", description="Log level.")
     api_keys_file: Path | None = Field(None, description="TOML file of API keys, hashed; read again when it changes.")
     api_keys: str = Field("", description="API keys with default rights, ID:SHA256 separated by commas.")
@@ -75,6 +81,19 @@ class Settings(BaseSettings):
             raise ValueError(f"must be one of {', '.join(BACKENDS)}")
         return value
 
+    @field_validator("webhook_secret")
+    @classmethod
+    def _signs(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            prefix, text = value.get_secret_value()[:6], value.get_secret_value()[6:]
+            try:
+                fits = prefix == "whsec_" and 24 <= len(b64decode(text, validate=True)) <= 64
+            except ValueError:
+                fits = False
+            if not fits:
+                raise ValueError("must be whsec_ and 24 to 64 bytes as base64: echo whsec_$(openssl rand -base64 32)")
+        return value
+
     @field_validator("models")
     @classmethod
     def _holds_models(cls, value: Path | None) -> Path | None:
@@ -92,5 +111,10 @@ def load_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        lines = [f"OFFRAMP_{'_'.join(map(str, e['loc'])).upper()}={e['input']!r}: {e['msg']}" for e in error.errors()]
-        raise ConfigError("wrong settings:\n  " + "\n  ".join(lines)) from None
+        raise ConfigError("wrong settings:\n  " + "\n  ".join(map(_line, error.errors()))) from None
+
+
+def _line(error: Any) -> str:
+    name = "_".join(map(str, error["loc"]))
+    shown = "***" if "secret" in name else repr(error["input"])
+    return f"OFFRAMP_{name.upper()}={shown}: {error['msg']}"

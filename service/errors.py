@@ -11,6 +11,7 @@
     |- NotAcceptable             406 not_acceptable    no representation the client accepts
     |- IdempotencyConflict       409 key_reused        the Idempotency-Key stands for another request
     |- Cancelled                 409 cancelled         the job was cancelled
+    |- JobOver                   409 job_over          the job has ended and cannot be cancelled
     |- TooLarge                  413 too_large         body or picture above the limit
     |- QueueFull                 429 queue_full        backlog at its budget; Retry-After says when
     |   |- RateLimited           429 rate_limited      the API key asks too often
@@ -99,6 +100,12 @@ class Cancelled(OfframpError):
     """The job was cancelled."""
 
     code, status, title = "cancelled", 409, "Cancelled"
+
+
+class JobOver(OfframpError):
+    """The job has ended and cannot be cancelled."""
+
+    code, status, title = "job_over", 409, "Job is over"
 
 
 class TooLarge(OfframpError):

@@ -43,6 +43,8 @@ NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.25, 1.5, 1.7
 EXITS = ("1", "2", "3")  # stages of a classifier that may answer
 OUTCOMES = ("ok", "bad_request", "rejected", "expired", "cancelled", "failed", "unavailable")
 
+WEBHOOKS = ("delivered", "retried", "given_up", "gone", "refused")
+
 
 class GatewayMetrics:
     """Series of one gateway process."""
@@ -61,6 +63,9 @@ class GatewayMetrics:
         )
         self.letters = Gauge("offramp_dead_letters", "Dead letters kept.", ["model"], registry=r)
         self.workers = Gauge("offramp_workers", "Live workers.", ["model"], registry=r)
+        self.webhooks = Counter("offramp_webhooks", "Calls of webhooks.", ["outcome"], registry=r)
+        for outcome in WEBHOOKS:
+            self.webhooks.labels(outcome)
         _build_info(r, "gateway")
 
     def render(self) -> bytes:

@@ -118,7 +118,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Result:
-    """Worker to gateway, kept under the result key. Exactly one of images/predictions/failure is set."""
+    """Worker to gateway, kept under the result key. Exactly one of images/predictions/failure is set.
+
+    `top_k`: classes that the answer lists for each prediction; 0 for all.
+    """
 
     id: str
     outcome: Outcome
@@ -127,6 +130,7 @@ class Result:
     receipt: dict[str, Any] = field(default_factory=dict)
     images: tuple[EncodedImage, ...] = ()
     predictions: tuple[Prediction, ...] = ()
+    top_k: int = 0
     failure: Failure | None = None
     worker: str = ""
 

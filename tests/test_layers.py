@@ -22,7 +22,7 @@ ABOVE = {
     "service.common": {"service.broker", "service.gateway", "service.worker", "service.top"},
     "service.top": set[str](),
 }
-TOP = {"service.cli", "service.supervisor", "service.demo", "service.__main__"}
+TOP = {"service.cli", "service.dlq", "service.supervisor", "service.demo", "service.__main__"}
 
 
 def modules() -> dict[str, str]:

@@ -57,6 +57,7 @@ class Traffic:
             self.worker.slots.labels(model, "busy").set(4)
             self.worker.outcomes.labels(model, "ok").inc(3)
             self.worker.images.labels(model, mode).inc(4)
+        self.gateway.webhooks.labels("delivered").inc()
         self.worker.ticked("painter", 0.02, TICK, jobs=2)
         self.worker.ticked("judge", 0.01, StepStats(rows=4), jobs=1)
         for decision, images in (("accept", 6), ("escalate", 1), ("abstain", 1)):

@@ -13,6 +13,7 @@ from models.api import Priority
 from service.broker import keys
 from service.broker.connection import reachable
 from service.broker.jobs import Jobs
+from service.broker.store import as_bytes
 from service.protocol import Job, decode_job
 
 
@@ -58,6 +59,13 @@ class Letters(Jobs):
             for letter in found:
                 yield letter
             after = f"({found[-1].entry}"
+
+    @reachable
+    async def models_with_letters(self) -> list[str]:
+        """Every model that has one, served now or not."""
+        before, after = keys.letters("*").split("*")
+        found = [as_bytes(key).decode() async for key in self._redis.scan_iter(keys.letters("*"), 1000, "STREAM")]
+        return sorted(key.removeprefix(before).removesuffix(after) for key in found)
 
     @reachable
     async def _letters(self, model: str, after: str, count: int) -> list[Letter]:

@@ -125,6 +125,12 @@ class Broker(Hooks):
         return {info.name: info for info in infos if await self._redis.exists(keys.workers(info.name))}
 
     @reachable
+    async def info(self, model: str) -> ModelInfo | None:
+        """What was last advertised of a model, whether or not a worker lives."""
+        raw = await self._redis.hget(keys.CATALOGUE, model)
+        return None if raw is None else decode_info(as_bytes(raw))
+
+    @reachable
     async def live_workers(self, model: str) -> int:
         """Workers of `model` that gave a sign of life lately."""
         return len(await self._live(model))
@@ -177,7 +183,7 @@ class Broker(Hooks):
             if "NOGROUP" not in str(error):
                 raise
             await self.ensure(model)
-            return Taken([])
+            full, cursors, rows, ended = await self._run("take", model, *args)
         deliveries = [delivery for row in rows if (delivery := await self._open(model, row))]
         over = [
             (Wake(tuple(gateways.decode().split()), name.decode()), outcome.decode())

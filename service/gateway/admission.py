@@ -16,6 +16,7 @@ from service.errors import Cancelled, DeadlineExceeded, JobFailed, OfframpError,
 from service.gateway.asking import Asking, fingerprint
 from service.gateway.resolve import pick_gear
 from service.gateway.state import Gateway
+from service.gateway.webhooks import check_webhook
 from service.protocol import ClassifyJob, GenerateJob, Job, Result, Terms
 
 GRACE_S = 0.5
@@ -44,6 +45,7 @@ async def run_job(gateway: Gateway, info: ModelInfo, params: Params, work: Work,
     Raises:
         QueueFull, NoWorker, Unavailable, DeadlineExceeded, IdempotencyConflict, or what the worker failed with.
     """
+    check_webhook(params.webhook, gateway.settings)
     budget_s = gateway.settings.deadline_s if params.deadline_ms is None else params.deadline_ms / 1000
     job = await _job(gateway, info, params, work, asked)
     waiting = gateway.metrics.waiting.labels(info.task)

@@ -24,9 +24,10 @@ from service.errors import BadRequest, NotAllowed, NotFound, OfframpError, TooLa
 from service.gateway.auth import caller
 from service.gateway.middleware import BodyLimit, Edge
 from service.gateway.replies import Replies
-from service.gateway.routes import classify, generate, health, models
-from service.gateway.schemas import Problem
+from service.gateway.routes import classify, generate, health, jobs, models
+from service.gateway.schemas import Problem, problem_of
 from service.gateway.state import Catalogue, Gateway
+from service.gateway.webhooks import Webhooks
 from service.keys import gateway_keyring
 from service.metrics import GatewayMetrics
 
@@ -40,7 +41,8 @@ log = logging.getLogger(__name__)
 def create_app(settings: Settings) -> FastAPI:
     """The gateway. Starts without Redis: /docs and /healthz answer, work is refused with 503.
 
-    An empty `settings.redis_url` means a server on this machine's usual port.
+    An empty `settings.redis_url` means a server on this machine's usual port. Whoever serves the app sets
+    `state.leaving`, a function that says whether it is stopping: answers that last (events, long polls) end then.
     """
     app = FastAPI(
         title="Offramp",
@@ -51,13 +53,14 @@ def create_app(settings: Settings) -> FastAPI:
     )
     gateway_id = f"{socket.gethostname()}-{os.getpid()}-{token_hex(2)}"
     broker = Broker(settings.redis_url or LOCAL_REDIS)
-    replies, metrics = Replies(broker, gateway_id), GatewayMetrics()
-    app.state.gateway = Gateway(
-        gateway_id, settings, broker, replies, Catalogue(broker), metrics, gateway_keyring(settings)
-    )
+    replies, metrics, catalogue = Replies(broker, gateway_id), GatewayMetrics(), Catalogue(broker)
+    keyring = gateway_keyring(settings)
+    app.state.gateway = Gateway(gateway_id, settings, broker, replies, catalogue, metrics, keyring)
+    app.state.webhooks = Webhooks(broker, catalogue, metrics, settings)
+    app.state.leaving = lambda: False
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     app.add_middleware(Edge, metrics=metrics, respond=problem)
-    for route in (generate, classify, models):
+    for route in (generate, classify, jobs, models):
         app.include_router(route.router, dependencies=[Depends(caller)])
     app.include_router(health.router)
     for kind in (OfframpError, RequestValidationError, HTTPException, RedisError):
@@ -69,7 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     gateway: Gateway = app.state.gateway
     try:
-        async with gateway.replies:
+        async with gateway.replies, app.state.webhooks:
             yield
     finally:
         await gateway.broker.aclose()
@@ -86,17 +89,8 @@ def problem(request: Request, error: Exception) -> JSONResponse:
     if known.status >= 500 and not known.retryable:
         log.error("request %s failed", request_id, exc_info=error)
     retry_after = known.retry_after_s or RETRY_AFTER_S.get(known.status)
-    body = Problem(
-        type=f"/docs#{known.code}",
-        title=known.title,
-        status=known.status,
-        detail=known.detail,
-        instance=request.url.path,
-        code=known.code,
-        request_id=request_id,
-        field=known.field,
-        retry_after_s=retry_after,
-        errors=errors or None,
+    body = problem_of(known, request.url.path, request_id).model_copy(
+        update={"retry_after_s": retry_after, "errors": errors or None}
     )
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     if retry_after:

@@ -20,10 +20,12 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from models.api import ImageFormat
 from service.errors import NotAnImage, TooLarge
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 CHANNEL_MODES = {1: "L", 3: "RGB"}
+MAGIC: dict[ImageFormat, bytes] = {"png": b"\x89PNG", "webp": b"RIFF", "npy": b"\x93NUMPY"}
 
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
@@ -71,13 +73,18 @@ def decode_all(encoded: Sequence[tuple[str, bytes | str]], shape: tuple[int, int
     ]
 
 
+def encoding_of(data: bytes) -> ImageFormat:
+    """How a worker's image is encoded, by its first bytes."""
+    return next((name for name, magic in MAGIC.items() if data.startswith(magic)), "png")
+
+
 def grid(images: Sequence[bytes], encoding: str) -> bytes:
-    """Equally sized encoded pictures side by side, row by row, as near to square as can be; lossless.
+    """Equally sized encoded images (png, webp, npy) side by side, row by row, as near to square as can be; lossless.
 
     Args:
         encoding: `png` or `webp`.
     """
-    tiles = [Image.open(BytesIO(data), formats=FORMATS) for data in images]
+    tiles = [_opened(data) for data in images]
     columns = math.ceil(math.sqrt(len(tiles)))
     width, height = tiles[0].size
     sheet = Image.new(tiles[0].mode, (columns * width, math.ceil(len(tiles) / columns) * height))
@@ -86,6 +93,13 @@ def grid(images: Sequence[bytes], encoding: str) -> bytes:
     out = BytesIO()
     sheet.save(out, encoding, **({"lossless": True} if encoding == "webp" else {}))
     return out.getvalue()
+
+
+def _opened(data: bytes) -> Image.Image:
+    if encoding_of(data) == "npy":
+        pixels = np.load(BytesIO(data), allow_pickle=False)
+        return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    return Image.open(BytesIO(data), formats=FORMATS)
 
 
 def _too_many_pixels(field: str, limit: int) -> TooLarge:

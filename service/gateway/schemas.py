@@ -6,13 +6,15 @@ import types
 from dataclasses import fields, is_dataclass
 from functools import reduce
 from operator import or_
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from models.api import MAX_ROWS, ClassifyParams, DecisionName, GenerateParams, ModelInfo
+from service.errors import OfframpError
 
 P = TypeVar("P")
+JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
 _DERIVED: dict[type[BaseModel], type[Any]] = {}
 Base64Image = Annotated[str, Field(min_length=1)]
 
@@ -201,3 +203,63 @@ class Problem(BaseModel):
     field: str | None = None
     retry_after_s: int | None = None
     errors: list[dict[str, str]] | None = None
+
+
+def job_state(state: str) -> JobState:
+    """A broker's word (queued, running or an Outcome) in the API's: `dead` is only a way to fail."""
+    return cast(JobState, {"ok": "succeeded", "dead": "failed"}.get(state, state))
+
+
+def problem_of(error: OfframpError, instance: str, request_id: str) -> Problem:
+    """An error as a client sees it."""
+    return Problem(
+        type=f"/docs#{error.code}",
+        title=error.title,
+        status=error.status,
+        detail=error.detail,
+        instance=instance,
+        code=error.code,
+        request_id=request_id,
+        field=error.field,
+        retry_after_s=error.retry_after_s,
+    )
+
+
+class Progress(BaseModel):
+    """Evaluations of all images, as of the last checkpoint."""
+
+    done: int
+    of: int
+
+
+class JobView(BaseModel):
+    """The answer of GET and DELETE /jobs/{id}."""
+
+    id: str
+    model: str
+    status: JobState
+    created: str = Field(description="RFC 3339, UTC, by the clock of Redis.")
+    deadline_ms: int = Field(description="Budget from `created`.")
+    position: int | None = Field(None, description="Jobs ahead in its rank of the queue, counted to 1,000.")
+    eta_s: float | None = Field(None, description="Seconds until it is taken, at the rate measured now.")
+    progress: Progress | None = Field(None, description="Of a running job.")
+    result: GenerateResponse | ClassifyResponse | None = Field(None, description="What the synchronous call answers.")
+    error: Problem | None = Field(None, description="What the synchronous call would have answered instead.")
+
+
+class HookData(BaseModel):
+    """The job that a webhook is about; fetch its answer from /jobs/{id}/result."""
+
+    id: str
+    model: str
+    status: JobState
+    receipt: dict[str, Any] | None = None
+    error: dict[str, str] | None = None
+
+
+class HookBody(BaseModel):
+    """What a webhook says."""
+
+    type: Literal["job.succeeded", "job.failed", "job.expired", "job.cancelled"]
+    timestamp: str = Field(description="RFC 3339, UTC; when this try was sent.")
+    data: HookData

@@ -19,6 +19,7 @@ from service.worker.scheduler import Admission, JobRun, Plan, Scheduler, evaluat
 from service.worker.splitting import Splitter, merged
 
 __all__ = ["Engine", "Finished", "Progress", "Tick"]
+REFILL_S = 0.05
 log = logging.getLogger(__name__)
 
 
@@ -32,7 +33,10 @@ class Tick:
 
 
 class Engine:
-    """A Task and its Scheduler. `tick` belongs to one thread; everything else may be called from any."""
+    """A Task and its Scheduler. `tick` belongs to one thread; everything else may be called from any.
+
+    `pressed` is set by whoever takes jobs: the last take filled the slots, or left work behind.
+    """
 
     def __init__(
         self,
@@ -57,6 +61,8 @@ class Engine:
         self._withdrawn: set[str] = set()
         self._suspending = False
         self._had_work_until: float | None = None
+        self._rested = True
+        self.pressed = False
         self._publish()
 
     def offer(self, delivery: Delivery) -> None:
@@ -91,6 +97,7 @@ class Engine:
         """Move every row by one evaluation, new rows included; returns what there is to tell."""
         started, drained = self._clock(), self._scheduler.drained
         self.ticks += 1
+        self._rested = not self._scheduler.jobs
         if self._receive():
             return Tick([], suspended=self._let_go())
         plan = self._scheduler.schedule(started * 1000, self.rate.pace())
@@ -111,13 +118,16 @@ class Engine:
         if stats.rows:
             self._metrics.ticked(self.name, ended - started, stats, jobs)
         self._publish()
-        self._had_work_until = None if self._idle else ended
+        self._had_work_until = None if self._idle and not self.pressed else ended
         return Tick(over, news)
 
     def _measure(self, started: float, ended: float, cost: float, moved: bool) -> None:
+        """Time since the last tick counts while there was work; under pressure, also while the pool was refilled."""
         since = started if self._had_work_until is None else self._had_work_until
+        if self._rested and started - since > REFILL_S:
+            since = started
         if moved:
-            self.rate.ticked(cost, ended - since, ended - started)
+            self.rate.ticked(cost, ended - since, ended - started, self.pressed)
         else:
             self.rate.add(cost, ended - since)
 

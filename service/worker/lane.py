@@ -112,6 +112,7 @@ class Lane:
         for delivery in taken.deliveries:
             self._receive(delivery)
             self._free_seen = max(0, self._free_seen - delivery.job.work.rows)
+        self.engine.pressed = taken.full or not self._free_seen
         for wake, outcome in taken.ended:
             self._metrics.outcomes.labels(self.model, outcome).inc()
             self._spawn(self._notify([wake]))

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 MEMORY_S = 30.0
+PRESSED_MEMORY_S = 10.0
+PRESSED_S = 0.5  # busy seconds under pressure that make a measurement
 WINDOW = 64
 SETTLED = 16
 
@@ -53,6 +55,7 @@ class DrainRate:
         self._memory_s = memory_s
         self._sums = (0.0, 0.0)
         self._ticks = (0.0, 0.0)
+        self._pressed = (0.0, 0.0)
         self._ms_per_cost = Least()
 
     def add(self, cost: float, seconds: float) -> None:
@@ -61,9 +64,13 @@ class DrainRate:
         total, busy = self._sums
         self._sums = (total * keep + cost, busy * keep + seconds)
 
-    def ticked(self, cost: float, seconds: float, own_s: float) -> None:
-        """As `add`, of a tick that moved rows and took `own_s` of these seconds for itself."""
+    def ticked(self, cost: float, seconds: float, own_s: float, pressed: bool) -> None:
+        """As `add`, of a tick that moved rows and took `own_s` of them for itself; `pressed`: more work waited."""
         self.add(cost, seconds)
+        if pressed:
+            forget = math.exp(-seconds / PRESSED_MEMORY_S)
+            total, spent = self._pressed
+            self._pressed = (total * forget + cost, spent * forget + seconds)
         keep = math.exp(-seconds / self._memory_s)
         ticks, busy = self._ticks
         self._ticks = (ticks * keep + 1, busy * keep + seconds)
@@ -76,7 +83,11 @@ class DrainRate:
         return total / busy if busy > 0 else 0.0
 
     def best_per_second(self) -> float:
-        """Cost per second of the recent tick that did most for its time; 0 while too few were measured."""
+        """Cost per second that a backlog drains at: as measured while more work waited, else in the tick that did most
+        for its time; 0 while too few were measured."""
+        total, spent = self._pressed
+        if spent >= PRESSED_S:
+            return total / spent
         least = self._ms_per_cost.value()
         return 1000 / least if least else 0.0
 

@@ -53,6 +53,7 @@ def to_result(done: Finished, worker: str, max_bytes: int) -> Result:
         receipt=done.receipt,
         images=images,
         predictions=predictions,
+        top_k=0 if isinstance(job, GenerateJob) else job.work.top_k,
         failure=done.failure,
         worker=worker,
     )

@@ -44,12 +44,12 @@ end
 -- The end of a job: whoever deletes its entry keeps its result, pays its cost back and counts its outcome, so that
 -- accepted = outcomes + entries always holds. Returns the gateways to wake, in one string.
 local function close(rank, entry, map, outcome, result, ttl)
-  local queue, job = P .. 'q:' .. rank, P .. 'job:' .. map.id
+  local queue, job, back = P .. 'q:' .. rank, P .. 'job:' .. map.id, 0 - map.cost  -- servers refuse -0
   redis.call('XACK', queue, GROUP, entry)
   redis.call('XDEL', queue, entry)
-  redis.call('HINCRBY', P .. 'backlog', rank, -map.cost)
+  redis.call('HINCRBY', P .. 'backlog', rank, back)
   redis.call('HINCRBY', P .. 'ledger', outcome, 1)
-  if map.owner and redis.call('HINCRBY', P .. 'owed', map.owner, -map.cost) <= 0 then
+  if map.owner and redis.call('HINCRBY', P .. 'owed', map.owner, back) <= 0 then
     redis.call('HDEL', P .. 'owed', map.owner)
   end
   local waiting = redis.call('HGET', job, 'reply')

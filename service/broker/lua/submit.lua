@@ -2,6 +2,7 @@
 -- connection breaks before the answer.
 -- ARGV id payload rows cost deadline_budget_ms max_backlog rank owner max_owed reply_to events webhook alive_ms
 -- Returns {verdict, handle, cost waiting ahead, cost per second}; verdict accepted, attached, full, owed, late, idle.
+local SPENT = 0.8  -- share of its budget that a job may have to wait; the rest is for its own run, and for noise
 local id, payload, rows, cost, budget, most, rank, owner, max_owed, reply, events, webhook, alive = unpack(ARGV)
 local job = P .. 'job:' .. id
 cost, budget, max_owed = tonumber(cost), tonumber(budget), tonumber(max_owed)
@@ -34,7 +35,7 @@ if max_owed > 0 then
   local owed = tonumber(redis.call('HGET', P .. 'owed', owner) or 0)
   if owed > 0 and owed + cost > max_owed then return {'owed', '', owed, tostring(rate)} end
 end
-if rate > 0 and ahead > 0 and (ahead + cost) / rate * 1000 > budget then
+if rate > 0 and ahead > 0 and (ahead + cost) / rate * 1000 > SPENT * budget then
   return {'late', '', ahead, tostring(rate)}
 end
 

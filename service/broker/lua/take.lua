@@ -65,7 +65,8 @@ end
 local lengths, cursors = {}, {}
 for _, rank in ipairs(RANKS) do
   local queue = P .. 'q:' .. rank
-  lengths[rank], cursors[rank] = redis.call('XLEN', queue), cursor_of(rank)
+  lengths[rank], cursors[rank] = redis.call('XLEN', queue), '0-0'
+  if lengths[rank] > 0 then cursors[rank] = cursor_of(rank) end
   if not cursors[rank] then return redis.error_reply('NOGROUP ' .. queue) end
 end
 

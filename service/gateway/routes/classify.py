@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -11,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from models.api import ClassifyParams
 from service.gateway.admission import run_job
+from service.gateway.answers import JSON, answer
 from service.gateway.asking import Asking, asking
 from service.gateway.bodies import Images, classify_input
 from service.gateway.imaging import decode_all
@@ -18,19 +18,8 @@ from service.gateway.negotiation import choose
 from service.gateway.resolve import classify_work, pick_model
 from service.gateway.routes.deps import Shared
 from service.gateway.routes.jobs import accepted
-from service.gateway.schemas import (
-    Classification,
-    ClassifyForm,
-    ClassifyReceipt,
-    ClassifyRequest,
-    ClassifyResponse,
-    RankedClass,
-    Timings,
-    body_schema,
-)
-from service.protocol import Prediction
+from service.gateway.schemas import ClassifyForm, ClassifyRequest, ClassifyResponse, body_schema
 
-JSON = "application/json"
 _FORM = body_schema(ClassifyForm)
 _FORM["properties"]["images"] = {"type": "array", "items": {"type": "string", "format": "binary"}}
 
@@ -67,28 +56,5 @@ async def classify(
     )
     result = await run_job(gateway, info, params, work, asked)
     if isinstance(result, str):
-        return await accepted(gateway, result)
-    return ClassifyResponse(
-        id=result.id,
-        model=info.name,
-        results=[classification(prediction, info.labels, work.top_k) for prediction in result.predictions],
-        receipt=ClassifyReceipt.model_validate(result.receipt),
-        timings=Timings(queue_s=result.queue_s, run_s=result.run_s, total_s=time.monotonic() - request.state.arrived),
-    )
-
-
-def classification(prediction: Prediction, labels: Sequence[str], top_k: int) -> Classification:
-    """The answer for one image: classes by falling probability, ties by index."""
-    p, members = prediction.probabilities, prediction.prediction_set
-    order = sorted(range(len(p)), key=lambda index: (-p[index], index))[:top_k]
-    ranked = [RankedClass(label=labels[index], index=index, score=p[index]) for index in order]
-    return Classification(
-        label=ranked[0].label,
-        index=ranked[0].index,
-        score=ranked[0].score,
-        top_k=ranked,
-        probabilities=dict(zip(labels, p, strict=True)),
-        uncertainty=prediction.uncertainty,
-        decision=prediction.decision,
-        prediction_set=None if members is None else [labels[index] for index in members],
-    )
+        return await accepted(request, gateway, result)
+    return answer(result, info, time.monotonic() - request.state.arrived)

@@ -94,7 +94,7 @@ def echo(delivery: Delivery) -> Result:
     prediction = Prediction((0.5, 0.25, 0.25), {"entropy": 1.04}, *promised)
     return Result(
         id=job.id, outcome="ok", receipt={"method": work.method, "cost_vs_single": 1.2, **dose},
-        predictions=(prediction,) * work.rows,
+        predictions=(prediction,) * work.rows, top_k=work.top_k,
     )  # fmt: skip
 
 
@@ -165,12 +165,31 @@ class Worker:
             await self._broker.wait(model, taken.cursors, 50)
 
 
+class Held:
+    """A worker's answer that comes when the test says so."""
+
+    def __init__(self, url: str) -> None:
+        self.taken: asyncio.Queue[Delivery] = asyncio.Queue()
+        self.broker = Broker(url)
+
+    def __call__(self, delivery: Delivery) -> None:
+        self.taken.put_nowait(delivery)
+
+    async def finish(self, delivery: Delivery, result: Result | None = None) -> bool:
+        wake = await self.broker.finish(delivery.job.work.model, delivery, result or echo(delivery), 60)
+        if wake:
+            await self.broker.notify([wake])
+        return wake is not None
+
+
 @contextlib.contextmanager
-def gateway(url: str, **settings: Any) -> Iterator[str]:
-    """Base URL of a gateway on its own thread and loop."""
+def gateway(url: str, overrides: dict[Any, Any] | None = None, **settings: Any) -> Iterator[str]:
+    """Base URL of a gateway on its own thread and loop; `overrides` replace its dependencies."""
     app = create_app(Settings(redis_url=url, **settings))
+    app.dependency_overrides.update(overrides or {})
     config = uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=10)
     server = uvicorn.Server(config)
+    app.state.leaving = lambda: server.should_exit
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()

@@ -1,0 +1,119 @@
+"""A job's story as server-sent events (text/event-stream of the HTML standard)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from base64 import b64encode
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from service.broker.jobs import Event, JobStatus
+from service.broker.letters import model_of
+from service.errors import Unavailable
+from service.gateway.schemas import job_state
+from service.gateway.state import Gateway
+
+PING_S = 15.0
+LOOK_S = 2.0
+PAUSE_S = (0.1, 1.0)
+START = "0"
+
+
+async def follow(gateway: Gateway, job_id: str, after: str, leaving: Callable[[], bool]) -> AsyncIterator[str]:
+    """Events past `after` until the job is over or the process is `leaving`.
+
+    A follower holds no connection to Redis while it waits: it asks again after a pause that grows from `PAUSE_S[0]` to
+    `PAUSE_S[1]` seconds while nothing happens.
+    """
+    story, pause, spoke = Story(gateway, job_id, after), PAUSE_S[0], time.monotonic()
+    with gateway.replies.expect(job_id) as waiter:
+        while not leaving():
+            with suppress(Unavailable):
+                for line in await story.news():
+                    yield line
+                    pause, spoke = PAUSE_S[0], time.monotonic()
+            if story.told:
+                return
+            if time.monotonic() - spoke >= PING_S:
+                yield ": ping\n\n"
+                spoke = time.monotonic()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await waiter.look.wait()
+            waiter.look.clear()
+            pause = min(2 * pause, PAUSE_S[1])
+
+
+class Story:
+    """What one follower has heard of a job; `told` once it knows the end, or that nobody knows the job any more.
+
+    A job without a stream (it was not asked for as an async job) is told of as its status changes, without ids.
+    """
+
+    def __init__(self, gateway: Gateway, job_id: str, after: str) -> None:
+        self.told = False
+        self._broker, self._model, self._id, self._after = gateway.broker, model_of(job_id), job_id, after
+        self._kept: bool | None = None
+        self._known: JobStatus | None = None
+        self._looked = float("-inf")
+
+    async def news(self) -> list[str]:
+        """What happened since the last call, as lines to send."""
+        if self._kept is None:
+            self._kept = self._after != START and bool(await self._read(START))
+        if events := await self._read(self._after):
+            self._after, self._kept = events[-1].id, True
+            self.told = events[-1].name == "completed"
+            return [_line(event.name, _data(event), event.id) for event in events]
+        if self._known and self._known.over:
+            self.told = True
+            return [_line("completed", {"status": job_state(self._known.state)})]
+        if self._kept and time.monotonic() - self._looked < LOOK_S:
+            return []
+        return await self._look()
+
+    async def _look(self) -> list[str]:
+        """What the status says, where the stream is silent; an end may just have been written to the stream."""
+        before, self._known = self._known, await self._broker.status(self._model, self._id)
+        self._looked = time.monotonic()
+        if self._known is None:
+            self.told = True
+            return []
+        said = [] if self._kept else [_line(name, data) for name, data in _changes(before, self._known)]
+        return said + await self.news() if self._known.over else said
+
+    async def _read(self, after: str) -> list[Event]:
+        return await self._broker.events(self._model, self._id, after, block_ms=1)
+
+
+def _changes(before: JobStatus | None, now: JobStatus) -> list[tuple[str, dict[str, Any]]]:
+    """The events that lie between two looks at a job."""
+    said: list[tuple[str, dict[str, Any]]] = []
+    if before is None:
+        said.append(("queued", {}))
+    if now.state == "running" and (before is None or before.state != "running"):
+        said.append(("started", {}))
+    if now.state == "running" and now.of and (before is None or before.done != now.done):
+        said.append(("progress", {"done": now.done, "of": now.of}))
+    return said
+
+
+def _data(event: Event) -> dict[str, Any]:
+    if event.name == "completed":
+        return {"status": job_state(event.data.decode())}
+    if event.name == "progress":
+        return msgspec.msgpack.decode(event.data, type=dict[str, int])
+    if event.name == "preview":
+        pictures = msgspec.msgpack.decode(event.data, type=dict[int, bytes])
+        return {str(index): b64encode(picture).decode() for index, picture in pictures.items()}
+    return {}
+
+
+def _line(name: str, data: dict[str, Any], event_id: str = "") -> str:
+    number = f"id: {event_id}\n" if event_id else ""
+    return f"{number}event: {name}\ndata: {json.dumps(data)}\n\n"
