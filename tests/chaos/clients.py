@@ -61,7 +61,7 @@ class Client:
         """Ask until it is final, or `patience_s` have passed."""
         told, began, pause = Told(ask), time.monotonic(), PAUSE_S[0]
         while time.monotonic() - began < self._patience_s:
-            status, body, headers = self._once("POST", ask.path, ask)
+            status, body, headers = self.once("POST", ask.path, ask)
             if status == 202:
                 status, body, headers = self._follow(headers.get("Location", ""), began)
             if self._final(told, status, body):
@@ -86,15 +86,15 @@ class Client:
     def _follow(self, location: str, began: float) -> tuple[int, dict[str, Any], dict[str, str]]:
         """Poll an async job on any gateway until it has ended."""
         while time.monotonic() - began < self._patience_s:
-            status, body, headers = self._once("GET", location)
+            status, body, headers = self.once("GET", location)
             if status == 404:
                 return 0, {"error": "the job is forgotten"}, {}
             if status == 200 and body.get("status") not in ("queued", "running"):
-                return self._once("GET", f"{location}/result")
+                return self.once("GET", f"{location}/result")
             time.sleep(0.2 * self._draw.uniform(0.5, 1.0))
         return 0, {"error": "polled in vain"}, {}
 
-    def _once(self, method: str, path: str, ask: Ask | None = None) -> tuple[int, dict[str, Any], dict[str, str]]:
+    def once(self, method: str, path: str, ask: Ask | None = None) -> tuple[int, dict[str, Any], dict[str, str]]:
         """Status (0: no answer), body and headers of one try."""
         headers = {"Content-Type": "application/json"}
         if ask is not None:
