@@ -2,7 +2,7 @@
 -- connection breaks before the answer.
 -- ARGV id payload rows cost deadline_budget_ms max_backlog rank owner max_owed reply_to events webhook alive_ms
 -- Returns {verdict, handle, cost waiting ahead, cost per second}; verdict accepted, attached, full, owed, late, idle.
-local SPENT = 0.8  -- share of its budget that a job may have to wait; the rest is for its own run, and for noise
+local SPENT = 0.7  -- share of its budget that a job may have to wait; the rest is for its own run, and for noise
 local id, payload, rows, cost, budget, most, rank, owner, max_owed, reply, events, webhook, alive = unpack(ARGV)
 local job = P .. 'job:' .. id
 cost, budget, max_owed = tonumber(cost), tonumber(budget), tonumber(max_owed)
