@@ -63,11 +63,11 @@ class Client:
         while time.monotonic() - began < self._patience_s:
             status, body, headers = self.once("POST", ask.path, ask)
             if status == 202:
-                status, body, headers = self._follow(headers.get("Location", ""), began)
+                status, body, headers = self._follow(headers.get("location", ""), began)
             if self._final(told, status, body):
                 break
             told.troubles.append(f"{status or 'lost'} {body.get('code') or body.get('error', '')}")
-            time.sleep(min(pause, float(headers.get("Retry-After", pause))) * self._draw.uniform(0.5, 1.0))
+            time.sleep(min(pause, float(headers.get("retry-after", pause))) * self._draw.uniform(0.5, 1.0))
             pause = min(2 * pause, PAUSE_S[1])
         told.seconds = time.monotonic() - began
         return told
@@ -105,7 +105,11 @@ class Client:
         try:
             connection.request(method, path, None if ask is None else json.dumps(ask.body), headers)
             response = connection.getresponse()
-            return response.status, json.loads(response.read() or b"{}"), dict(response.headers)
+            return (
+                response.status,
+                json.loads(response.read() or b"{}"),
+                {k.lower(): v for k, v in response.headers.items()},
+            )
         except (OSError, HTTPException, ValueError) as error:
             return 0, {"error": type(error).__name__}, {}
         finally:

@@ -114,7 +114,9 @@ class Fleet:
         self.told: list[Told] = []
         self.folder, self.store = folder, Store(folder / "data", fsync)
         base = {"LEASE_S": str(LEASE_S), "MAX_DELIVERIES": "3", "DEADLINE_S": "120", "RESULT_TTL_S": "3600"}
-        chosen = base | {"REDIS_URL": self.url(self.store.port)} | {key.upper(): value for key, value in settings.items()}
+        chosen = (
+            base | {"REDIS_URL": self.url(self.store.port)} | {key.upper(): value for key, value in settings.items()}
+        )
         self.proxies = {number: Proxy(free_port(), self.store.port) for number in proxied}
         self.gateways = [Member("gateway", f"gateway-{i}", folder, chosen, {}) for i in range(gateways)]
         self.workers = []
@@ -188,7 +190,9 @@ class Fleet:
     def _serving(self, worker: Member) -> bool:
         assert worker.alive(), f"{worker.name} ended:\n{worker.log.read_text()[-3000:]}"
         return f"-{worker.pid}-".encode() in b" ".join(
-            member for key in self.redis().scan_iter("offramp:{m:*}:workers") for member in self.redis().zrange(key, 0, -1)
+            member
+            for key in self.redis().scan_iter("offramp:{m:*}:workers")
+            for member in self.redis().zrange(key, 0, -1)
         )
 
     def tend(self) -> None:

@@ -118,11 +118,17 @@ class Breaker:
 def run(jobs: int, minutes: float, seed: int, fsync: str, every: float, folder: Path) -> dict[str, Any]:
     """The ledger of a run."""
     draw, name, right = random.Random(seed), f"run-{seed}", dict[int, Any]()
-    served: Sequence[Sequence[dict[str, Any] | str]] = [[DRILL, SLOW, *REAL], [DRILL, SLOW, *REAL], [DRILL, SLOW, POISON]]
+    served: Sequence[Sequence[dict[str, Any] | str]] = [
+        [DRILL, SLOW, *REAL],
+        [DRILL, SLOW, *REAL],
+        [DRILL, SLOW, POISON],
+    ]
     end = time.monotonic() + 60 * minutes
     settings = {"max_deliveries": "5", "deadline_s": "600"}
     with Fleet(folder, served, gateways=2, fsync=fsync, proxied=[1, 2], **settings) as fleet:
-        first = Crowd(fleet.ports, [real_ask(n, f"{name}-first", right) for n in range(VARIANTS)], 2, 120).start().join()
+        first = (
+            Crowd(fleet.ports, [real_ask(n, f"{name}-first", right) for n in range(VARIANTS)], 2, 120).start().join()
+        )
         assert all(one.state == "ok" for one in first), [one.troubles for one in first]
         crowd = Crowd(fleet.ports, asks_of(jobs, name, right, draw), CROWD, 300)
         with PowerCut(fleet.store.data_dir) as power:

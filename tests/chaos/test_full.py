@@ -27,7 +27,7 @@ def test_a_full_store_refuses_and_keeps(tmp_path: Path) -> None:
         told = [*crowd.join(), Client(fleet.ports).get(late)]
         found = audit(fleet.redis(), told, Client(fleet.ports))
     assert (status, problem["code"]) == (503, "unavailable")
-    assert int(headers["Retry-After"]) >= 1
+    assert int(headers["retry-after"]) >= 1
     assert found.sound, found
 
 
