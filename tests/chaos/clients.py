@@ -86,7 +86,7 @@ class Client:
     def _follow(self, location: str, began: float) -> tuple[int, dict[str, Any], dict[str, str]]:
         """Poll an async job on any gateway until it has ended."""
         while time.monotonic() - began < self._patience_s:
-            status, body, headers = self.once("GET", location)
+            status, body, _ = self.once("GET", location)
             if status == 404:
                 return 0, {"error": "the job is forgotten"}, {}
             if status == 200 and body.get("status") not in ("queued", "running"):

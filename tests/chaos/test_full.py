@@ -32,7 +32,7 @@ def test_a_full_store_refuses_and_keeps(tmp_path: Path) -> None:
 
 
 def test_a_power_cut_under_everysec_loses_nothing_for_who_asks_again(tmp_path: Path) -> None:
-    """The last second of the store's file is gone. Submits may be lost, answers not: the same key runs the job again."""
+    """The last second of the store's file is gone: a submit may be lost, and the same key runs the job again."""
     with Fleet(tmp_path / "fleet", [[DRILL]], fsync="everysec") as fleet, PowerCut(fleet.store.data_dir) as cut:
         asks = [drill_ask(DRILL, n, "power", deadline_ms=60_000) for n in range(400)]
         crowd = Crowd(fleet.ports, asks, 8).start()
