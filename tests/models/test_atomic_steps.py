@@ -150,7 +150,7 @@ def folder(tmp_path_factory):
 
 
 ASKED = [
-    *(classify_work(method, image) for method, image in zip(METHODS, IMAGES, strict=False)),
+    *(classify_work(method, image) for method, image in zip(METHODS, itertools.cycle(IMAGES), strict=False)),
     *(
         classify_work(method, IMAGES[9], purify=draws)
         for method, draws in (("bridge", 2), ("single", 16), ("bridges", 9))
