@@ -38,19 +38,14 @@ def split(n, seed):
     return Split(rng.integers(0, 256, (n, 28, 28, 1), dtype=np.uint8), rng.integers(0, 3, n))
 
 
-def calibrated_whole_zoo(root):
-    """`toy` with all that any method needs, a purifier and a calibration."""
-    folder = make_whole_zoo(root)
-    write_purifier(root)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = make_whole_zoo(tmp_path_factory.mktemp("zoo"))
+    write_purifier(folder.parent)
     classifier = load_classifier(folder)
     halves = run_split(classifier, split(60, 1)), run_split(classifier, split(80, 2))
     write_calibration(folder, classifier, calibrate(classifier, *halves, Target("escalate_share", 0.3), 0.1))
     return folder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return calibrated_whole_zoo(tmp_path_factory.mktemp("zoo"))
 
 
 @pytest.fixture(scope="module")
