@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from service.broker import keys
 from service.broker.connection import BLOCK_MS, reachable
 from service.broker.store import ALIVE_MS, Store, as_bytes, entries
-from service.errors import IdempotencyConflict, RateLimited
+from service.errors import IdempotencyConflict, RateLimited, Unavailable
 from service.protocol import Result, decode
 
-KEPT = 10_000  # entries of a stream of wake-ups
+KEPT = 4_000  # entries of a stream of wake-ups
 KEPT_S = 600
 INLINE = 4096  # bytes of a result that travel with its wake-up
 
@@ -103,13 +104,18 @@ class Jobs(Store):
         if not ended:
             return False
         handle, worker, gateways = (value.decode() for value in known)
+        with suppress(Unavailable):  # it has ended: the worker's next heartbeat and the gateways' next look tell them
+            await self._tell_of_cancel(model, job_id, handle, worker, gateways.split())
+        return True
+
+    @reachable
+    async def _tell_of_cancel(self, model: str, job_id: str, handle: str, worker: str, gateways: list[str]) -> None:
         if worker:
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.xadd(keys.control(worker), {"entry": handle, "model": model}, maxlen=KEPT)
                 pipe.expire(keys.control(worker), KEPT_S)
                 await pipe.execute()
-        await self.notify([Wake(tuple(gateways.split()), job_id)])
-        return True
+        await self.notify([Wake(tuple(gateways), job_id)])
 
     @reachable
     async def events(self, model: str, job_id: str, after: str = "0", block_ms: int = BLOCK_MS) -> list[Event]:
@@ -127,6 +133,7 @@ class Jobs(Store):
         now, told = time.monotonic(), [wake for wake in wakes if wake.gateways]
         if not told:
             return
+        renewed = set[str]()
         async with self._redis.pipeline(transaction=False) as pipe:
             for wake in told:
                 inline = wake.result if len(wake.result) <= INLINE else b""
@@ -134,9 +141,10 @@ class Jobs(Store):
                     key = keys.reply(gateway)
                     pipe.execute_command("XADD", key, "MAXLEN", "~", KEPT, "*", "id", wake.id, "result", inline)
                     if now - self._expiring.get(gateway, -KEPT_S) > KEPT_S / 4:
-                        self._expiring[gateway] = now
                         pipe.expire(key, KEPT_S)
+                        renewed.add(gateway)
             await pipe.execute()
+        self._expiring |= dict.fromkeys(renewed, now)
 
     @reachable
     async def remember(self, digest: str, fingerprint: str, ttl_s: int) -> None:

@@ -86,9 +86,9 @@ def rates(model: str) -> str:
     return f"{prefix(model)}rates"
 
 
-def best(model: str) -> str:
-    """Hash of worker id to the highest drain rate it lately had."""
-    return f"{prefix(model)}best"
+def pressed(model: str) -> str:
+    """Hash of worker id to its drain rate while more work waits than fits; 0 while it has room."""
+    return f"{prefix(model)}pressed"
 
 
 def reply(gateway: str) -> str:

@@ -75,7 +75,7 @@ class Broker(Hooks):
         Raises:
             QueueFull: the backlog would pass its budget.
             QuotaExceeded: what the owner has queued and running would.
-            DeadlineExceeded: at the workers' best rate the backlog drains too late.
+            DeadlineExceeded: no worker has room, and at their rate the backlog drains too late.
             NoWorker: nobody serves the model.
         """
         model, t = job.work.model, terms
@@ -87,34 +87,33 @@ class Broker(Hooks):
         )
         if (said := verdict.decode()) in ("accepted", "attached"):
             return Submitted(handle.decode(), said == "attached")
-        raise await self._refusal(said, model, int(waiting), float(rate), terms)
+        raise await self._refusal(said, job, terms, int(waiting), float(rate))
 
-    async def _refusal(self, verdict: str, model: str, waiting: int, best: float, terms: Terms) -> OfframpError:
+    async def _refusal(self, verdict: str, job: Job, terms: Terms, waiting: int, rate: float) -> OfframpError:
+        model = job.work.model
         if verdict == "idle":
             return NoWorker(f"no live worker serves {model!r} now", field="model")
         if verdict == "late":
-            late = f"{model!r} has {waiting} of work ahead, {waiting / best:.1f} s at its best rate"
+            late = f"{model!r} has {waiting} of work ahead, {waiting / rate:.1f} s at its rate"
             return DeadlineExceeded(f"the deadline cannot be met: {late}", field="deadline_ms")
-        wait = await self._drain_s(model, waiting)
+        limit = terms.max_owed if verdict == "owed" else terms.max_backlog
+        wait = await self._drain_s(model, waiting + job.cost - limit)
         if verdict == "owed":
             return QuotaExceeded(f"{waiting} of {terms.max_owed} queued and running on {model!r}", retry_after_s=wait)
         return QueueFull(f"{model!r} has a backlog of {waiting} of {terms.max_backlog}", retry_after_s=wait)
 
-    async def _drain_s(self, model: str, backlog: int) -> int:
-        """Seconds until the backlog has drained at the live workers' measured rates, 1..60; 5 where none is known."""
+    async def _drain_s(self, model: str, cost: int) -> int:
+        """Seconds until `cost` has drained at the live workers' measured rates, 1..60; 5 where none is known."""
         live = set(await self._live(model))
         rates = await self._redis.hgetall(keys.rates(model))
         rate = sum(float(value) for worker, value in rates.items() if worker in live)
-        return 5 if rate <= 0 else max(1, min(60, math.ceil(backlog / rate)))
+        return 5 if rate <= 0 else max(1, min(60, math.ceil(cost / rate)))
 
     @reachable
     async def replies(self, gateway: str, after: str) -> tuple[list[tuple[str, Result | None]], str]:
         """Jobs that ended past `after`, with results that are small, waiting up to a second; and the last id seen."""
         found = await self._read("replies", BLOCK_MS, 500, {keys.reply(gateway): after})
-        wakes = [
-            (fields[b"id"].decode(), decode(Result, raw) if (raw := as_bytes(fields[b"result"])) else None)
-            for _, fields in found
-        ]
+        wakes = [(fields[b"id"].decode(), _inline(fields.get(b"result", b""))) for _, fields in found]
         return wakes, found[-1][0].decode() if found else after
 
     @reachable
@@ -292,16 +291,16 @@ class Broker(Hooks):
 
     @reachable
     async def announce(self, worker: str, infos: Iterable[ModelInfo], rates: Mapping[str, tuple[float, float]]) -> None:
-        """Advertise models, give a sign of life, and publish measured and best drain rates (cost per second)."""
+        """Advertise models, give a sign of life, and publish (rate, rate under pressure), cost per second."""
         now = await self._now_ms()
         for info in infos:
-            rate, best = rates.get(info.name, (0.0, 0.0))
+            rate, pressed = rates.get(info.name, (0.0, 0.0))
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.hset(keys.CATALOGUE, info.name, encode(info))
                 pipe.zremrangebyscore(keys.workers(info.name), "-inf", now - ADVERTISED_MS)
                 pipe.zadd(keys.workers(info.name), {worker: now})
                 pipe.expire(keys.workers(info.name), ADVERTISED_MS // 1000)
-                for key, value in ((keys.rates(info.name), rate), (keys.best(info.name), best)):
+                for key, value in ((keys.rates(info.name), rate), (keys.pressed(info.name), pressed)):
                     pipe.hset(key, worker, f"{value:.6g}")
                     pipe.expire(key, ADVERTISED_MS // 1000)
                 await pipe.execute()
@@ -313,10 +312,18 @@ class Broker(Hooks):
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.zadd(keys.workers(model), {worker: 0}, xx=True)
                 pipe.hdel(keys.rates(model), worker)
-                pipe.hdel(keys.best(model), worker)
+                pipe.hdel(keys.pressed(model), worker)
                 await pipe.execute()
 
 
 def _wake(answer: Any, job_id: str, result: bytes) -> Wake | None:
     won, gateways = answer
     return Wake(tuple(gateways.decode().split()), job_id, result) if won else None
+
+
+def _inline(raw: bytes) -> Result | None:
+    """A result that came with its wake-up; None where it did not, or cannot be read here: the key has it too."""
+    try:
+        return decode(Result, as_bytes(raw)) if raw else None
+    except msgspec.DecodeError:
+        return None

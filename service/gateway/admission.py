@@ -99,7 +99,9 @@ async def _job(gateway: Gateway, info: ModelInfo, params: Params, work: Work, as
     cost, job_id = price(work, info), new_id(info.name)
     if asked.key:
         digest, images = asked.digest(), work.images if isinstance(work, ClassifyWork) else ()
-        await gateway.broker.remember(digest, fingerprint(params, images), gateway.settings.idempotency_ttl_s)
+        await gateway.broker.remember(
+            digest, fingerprint(info.name, params, images), gateway.settings.idempotency_ttl_s
+        )
         job_id = f"{info.name}.{digest[:32]}"
     if isinstance(work, GenerateWork):
         return GenerateJob(id=job_id, cost=cost, work=work)

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 
@@ -72,6 +72,10 @@ def wait_of(prefer: Sequence[str]) -> float | None:
     return wait if math.isfinite(wait) and wait > 0 else 0.0
 
 
-def fingerprint(params: GenerateParams | ClassifyParams, images: Sequence[bytes] = ()) -> str:
-    """Digest of what was asked, the same for every encoding of the body."""
-    return hashlib.sha256(encode([type(params).__name__, params, list(images)])).hexdigest()
+def fingerprint(model: str, params: GenerateParams | ClassifyParams, images: Sequence[bytes] = ()) -> str:
+    """Digest of what was asked of a model, the same for every encoding of the body.
+
+    When and how the answer is wanted is no part of it: a refused request may come again with more time.
+    """
+    asked = replace(params, model=model, deadline_ms=None, priority=None, webhook=None)
+    return hashlib.sha256(encode([type(params).__name__, asked, list(images)])).hexdigest()

@@ -94,7 +94,7 @@ class Replies:
         while not self._stopping:
             try:
                 entries, last = await self._broker.replies(self._gateway, last)
-            except (Unavailable, RedisError) as error:
+            except Exception as error:  # whatever it is: a gateway that stops to listen answers late for ever
                 if not pause:
                     log.warning("reply stream unreadable, retrying: %s", error)
                 pause = min(max(2 * pause, BACKOFF_S[0]), BACKOFF_S[1])

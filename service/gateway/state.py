@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from models.api import ModelInfo
 from service.broker.redis_streams import Broker
 from service.config import Settings
-from service.errors import OfframpError
+from service.errors import OfframpError, Unavailable
 from service.gateway.replies import Replies
 from service.keys import Keyring
 from service.metrics import GatewayMetrics
 
 CATALOGUE_TTL_S = 1.0
+READ_S = 1.0
 
 
 class Catalogue:
@@ -32,9 +33,12 @@ class Catalogue:
         async with self._lock:
             if time.monotonic() - self._read_at >= self._ttl_s:
                 try:
-                    self._infos, self._error = await self._broker.catalogue(), None
+                    async with asyncio.timeout(READ_S):
+                        self._infos, self._error = await self._broker.catalogue(), None
                 except OfframpError as error:
                     self._error = error
+                except TimeoutError:
+                    self._error = None if self._infos else Unavailable("Redis does not answer", retry_after_s=1)
                 self._read_at = time.monotonic()
             if self._error is not None:
                 raise self._error

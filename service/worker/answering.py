@@ -13,13 +13,14 @@ from service.broker.jobs import Wake
 from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.metrics import WorkerMetrics
-from service.protocol import Delivery, GenerateJob, Result
+from service.protocol import Delivery, GenerateJob, Result, encode
 from service.worker.outcomes import Finished
 from service.worker.patience import AWAY, Backoff
 from service.worker.results import failed_result, record, to_result
 
 NOTIFY_S = 20.0
 T = TypeVar("T")
+Down = Callable[[Delivery], object]
 log = logging.getLogger(__name__)
 
 
@@ -31,10 +32,15 @@ class Answering:
         self._model, self._broker, self._worker, self._settings = model, broker, worker, settings
         self._metrics = metrics
 
-    async def store(self, over: Sequence[Finished], useful_until: Callable[[Delivery], float]) -> list[Wake]:
-        """Encode and store the answers of a tick; whom to wake for those that count.
+    async def answer(
+        self,
+        over: Sequence[Finished],
+        useful_until: Callable[[Delivery], float],
+        put_down: Callable[[Delivery], object],
+    ) -> None:
+        """Encode and store the answers of a tick, put their jobs down, wake their gateways.
 
-        An answer that the store does not take is tried again until `useful_until` (monotonic seconds).
+        An answer that the store does not take is tried again by itself until `useful_until` (monotonic seconds).
         """
         if any(isinstance(done.delivery.job, GenerateJob) for done in over):
             results = await asyncio.to_thread(self._encode, over)
@@ -42,24 +48,39 @@ class Answering:
             results = self._encode(over)
         pairs = [(done.delivery, result) for done, result in zip(over, results, strict=True)]
         try:
-            wakes: Sequence[Wake | None] = await self._broker.finish_all(
-                self._model, pairs, self._settings.result_ttl_s
-            )
+            wakes = await self._broker.finish_all(self._model, pairs, self._settings.result_ttl_s)
         except AWAY:
-            wakes = await asyncio.gather(*(self._patiently(*pair, useful_until(pair[0])) for pair in pairs))
+            late = (
+                self._late(*one, useful_until(one[0].delivery), put_down) for one in zip(over, results, strict=True)
+            )
+            await asyncio.gather(*late)
+            return
         for done, result, wake in zip(over, results, wakes, strict=True):
-            fields = {"model": self._model, "job": result.id, "outcome": result.outcome, "run_s": result.run_s}
-            log.info("job finished" if wake else "answer not needed, or left to redelivery", extra=fields)
-            if wake:
-                record(self._metrics, self._model, result, done)
-        return [wake for wake in wakes if wake]
+            self._told(done, result, wake)
+            put_down(done.delivery)
+        await self.wake([wake for wake in wakes if wake])
+
+    def _told(self, done: Finished, result: Result, wake: Wake | None) -> None:
+        fields = {"model": self._model, "job": result.id, "outcome": result.outcome, "run_s": result.run_s}
+        log.info("job finished" if wake else "answer not needed, or left to redelivery", extra=fields)
+        if wake:
+            record(self._metrics, self._model, result, done)
+
+    async def _late(self, done: Finished, result: Result, useful_until: float, put_down: Down) -> None:
+        wake = await self._patiently(done.delivery, result, useful_until)
+        self._told(done, result, wake)
+        put_down(done.delivery)
+        if wake:
+            await self.wake([wake])
 
     def _encode(self, over: Sequence[Finished]) -> list[Result]:
         return [self._encoded(done) for done in over]
 
     def _encoded(self, done: Finished) -> Result:
         try:
-            return to_result(done, self._worker, self._settings.max_result_bytes)
+            result = to_result(done, self._worker, self._settings.max_result_bytes)
+            encode(result)  # what cannot cross the wire fails here, and takes nothing along
+            return result
         except Exception as error:
             log.exception("answer cannot be encoded", extra={"model": self._model, "job": done.delivery.job.id})
             return failed_result(done, self._worker, f"encode: {type(error).__name__}: {error}")

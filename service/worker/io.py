@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -149,11 +150,20 @@ class WorkerIO:
         backoff = Backoff("announcing")
         while wanted():
             live = [lane.engine for lane in self._lanes.values() if lane.ready and not lane.stalled]
-            rates = {engine.name: (engine.rate.per_second(), engine.rate.best_per_second()) for engine in live}
+            rates = {engine.name: (engine.rate.per_second(), engine.rate.pressed_per_second()) for engine in live}
             try:
                 await broker.announce(self._worker, [engine.task.info for engine in live], rates)
             except AWAY as error:
                 await asyncio.sleep(backoff.failed(error))
             else:
                 backoff.worked()
-                await asyncio.sleep(ANNOUNCE_S if len(live) == len(self._lanes) else SOON_S)
+                await self._until_news(ANNOUNCE_S if len(live) == len(self._lanes) else SOON_S)
+
+    async def _until_news(self, seconds: float) -> None:
+        """Sleep, but say sooner that a lane has come under pressure, or out of it."""
+        before = [lane.engine.rate.pressed_per_second() > 0 for lane in self._lanes.values()]
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            await asyncio.sleep(min(SOON_S, left))
+            if before != [lane.engine.rate.pressed_per_second() > 0 for lane in self._lanes.values()]:
+                return

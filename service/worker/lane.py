@@ -243,13 +243,20 @@ class Lane:
     async def _checkpoint(self, progress: Progress) -> None:
         most, delivery = self._settings.checkpoint_max_bytes, progress.delivery
         states = {index: state for index, state in progress.states.items() if len(state) <= most}
-        news = await asyncio.to_thread(told, progress) if delivery.events else (b"", b"")
+        news = await self._news(progress) if delivery.events else (b"", b"")
         ttl_s = max(1, (delivery.deadline_ms - delivery.taken_ms) // 1000) + self._settings.result_ttl_s
         mine = await self._broker.checkpoint(self.model, delivery, states, progress.done, progress.of, ttl_s, *news)
         if mine:
             self._metrics.checkpoints.labels(self.model).inc(len(states))
         else:
             self._lose([delivery])
+
+    async def _news(self, progress: Progress) -> tuple[bytes, bytes]:
+        try:
+            return await asyncio.to_thread(told, progress)
+        except Exception:
+            log.exception("followers are not told", extra={"model": self.model, "job": progress.delivery.job.id})
+            return b"", b""
 
     async def release(self, progress: Progress) -> None:
         """Hand a job back with its rows as they are, for another worker to go on with."""
@@ -262,10 +269,7 @@ class Lane:
 
     async def finish(self, over: Sequence[Finished]) -> None:
         """Store the answers of a tick, put the jobs down, wake their gateways."""
-        wakes = await self._answering.store(over, self._useful_until)
-        for done in over:
-            self._put_down(done.delivery)
-        await self._answering.wake(wakes)
+        await self._answering.answer(over, self._useful_until, self._put_down)
 
     def _useful_until(self, delivery: Delivery) -> float:
         held = self.hand.get(delivery.entry)

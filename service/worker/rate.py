@@ -67,7 +67,9 @@ class DrainRate:
     def ticked(self, cost: float, seconds: float, own_s: float, pressed: bool) -> None:
         """As `add`, of a tick that moved rows and took `own_s` of them for itself; `pressed`: more work waited."""
         self.add(cost, seconds)
-        if pressed:
+        if not pressed:
+            self._pressed = (0.0, 0.0)
+        else:
             forget = math.exp(-seconds / PRESSED_MEMORY_S)
             total, spent = self._pressed
             self._pressed = (total * forget + cost, spent * forget + seconds)
@@ -82,14 +84,10 @@ class DrainRate:
         total, busy = self._sums
         return total / busy if busy > 0 else 0.0
 
-    def best_per_second(self) -> float:
-        """Cost per second that a backlog drains at: as measured while more work waited, else in the tick that did most
-        for its time; 0 while too few were measured."""
+    def pressed_per_second(self) -> float:
+        """Cost per second while more work waits than fits; 0 when none does, or too little was measured since."""
         total, spent = self._pressed
-        if spent >= PRESSED_S:
-            return total / spent
-        least = self._ms_per_cost.value()
-        return 1000 / least if least else 0.0
+        return total / spent if spent >= PRESSED_S else 0.0
 
     def pace(self) -> Pace:
         """What a tick and a unit of cost take now."""

@@ -15,7 +15,7 @@ from tests.support import wait_for
 
 OUTCOMES = ("ok", "failed", "expired", "cancelled", "dead")
 MODEL_KEY = re.compile(r"offramp:\{m:(?P<model>.+)\}:(?P<kind>[a-z]+)(?::(?P<rest>.*))?")
-STANDING = {"q", "ledger", "backlog", "workers", "rates", "best", "turns", "dlq"}  # kept for as long as the model is
+STANDING = {"q", "ledger", "backlog", "workers", "rates", "pressed", "turns", "dlq"}  # kept for as long as the model is
 MORTAL = {"job", "res", "ev", "hook"}  # must have a time to live once the job is over
 
 

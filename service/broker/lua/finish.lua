@@ -9,8 +9,9 @@ local map, rank, entry = entry_at(handle)
 local current = redis.call('HGET', job, 'attempt')
 if map then
   if outcome ~= 'ok' and current and current ~= attempt then return {0, ''} end
-  if current then redis.call('HSET', job, 'finished_by', attempt) end
-  return {1, close(rank, entry, map, outcome, result, ttl)}
+  local waiting = close(rank, entry, map, outcome, result, ttl)
+  if current then redis.call('HSET', job, 'finished_by', attempt) end  -- last: a full server denies it as the first
+  return {1, waiting}
 end
 redis.pcall('XACK', P .. 'q:' .. rank, GROUP, entry)
 local state, finished_by, reply = unpack(redis.call('HMGET', job, 'state', 'finished_by', 'reply'))

@@ -16,11 +16,15 @@ if known[1] then
 end
 
 local now = now_ms()
-local rate, total, ahead = 0, 0, 0
+local rate, total, ahead, roomy = 0, 0, 0, false
 if tonumber(alive) > 0 then
   local live = redis.call('ZRANGEBYSCORE', P .. 'workers', now - alive, '+inf')
   if #live == 0 then return {'idle', '', 0, '0'} end
-  for _, best in ipairs(redis.call('HMGET', P .. 'best', unpack(live))) do rate = rate + tonumber(best or 0) end
+  for _, pressed in ipairs(redis.call('HMGET', P .. 'pressed', unpack(live))) do
+    pressed = tonumber(pressed or 0)
+    if pressed <= 0 then roomy = true end  -- a worker with room begins at once: no wait to judge
+    rate = rate + pressed
+  end
 end
 local backlog = {}
 for i, queued in ipairs(redis.call('HMGET', P .. 'backlog', unpack(RANKS))) do
@@ -35,7 +39,7 @@ if max_owed > 0 then
   local owed = tonumber(redis.call('HGET', P .. 'owed', owner) or 0)
   if owed > 0 and owed + cost > max_owed then return {'owed', '', owed, tostring(rate)} end
 end
-if rate > 0 and ahead > 0 and (ahead + cost) / rate * 1000 > SPENT * budget then
+if rate > 0 and not roomy and ahead > 0 and (ahead + cost) / rate * 1000 > SPENT * budget then
   return {'late', '', ahead, tostring(rate)}
 end
 

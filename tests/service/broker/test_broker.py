@@ -121,10 +121,10 @@ async def test_a_full_backlog_refuses_and_says_when_to_come_back(broker, model):
     with pytest.raises(QueueFull) as refused:
         await broker.submit(job(model, cost=30), Terms(1, 1000, 100))
     assert refused.value.retry_after_s == 5
-    await broker.announce("w", [info(model)], {model: (20.0, 20.0)})
+    await broker.announce("w", [info(model)], {model: (5.0, 5.0)})
     with pytest.raises(QueueFull) as refused:
         await broker.submit(job(model, cost=30), Terms(1, 1000, 100))
-    assert refused.value.retry_after_s == 4
+    assert refused.value.retry_after_s == 2
     assert (await broker.queue_stats(model)).ledger == {"accepted": 1}
 
 

@@ -179,7 +179,7 @@ def test_models_that_take_turns_drain_at_the_rate_that_they_have_together() -> N
     for engine in engines:
         assert engine.rate.per_second() == pytest.approx(20.0, rel=0.01)
         assert engine.rate.pace().ms_per_tick == pytest.approx(200.0, rel=0.01)
-        assert engine.rate.best_per_second() == pytest.approx(40.0, rel=0.01)
+        assert engine.rate.pressed_per_second() == 0.0
 
 
 def test_idle_time_leaves_the_rate_as_it_was() -> None:
