@@ -11,7 +11,7 @@ DATA ?= /usr/share/datasets/fashion-mnist
 OUT ?= out
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check bench train
+.PHONY: help setup demo serve test check bench chaos train
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-7s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ check: $(STAMP)  ## format, lint, types, layers, docs
 bench: $(STAMP)  ## run every benchmark in benchmarks/
 	@found=$$(ls benchmarks/bench_*.py 2>/dev/null) || { echo "no benchmarks/bench_*.py"; exit 0; }; \
 	for script in $$found; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+chaos: $(STAMP)  ## 10,000 jobs while something breaks every 15 s (half an hour at most)
+	@$(BIN)/python -m tests.chaos.long
 
 train: $(STAMP)  ## train the shipped models again: make train DATA=DIR OUT=DIR
 	@for step in $(TRAIN_STEPS); do \

@@ -149,7 +149,9 @@ def requests(model: str, deadline_ms: int) -> list[str]:
     found = []
     for number in range(PICTURES):
         body = json.dumps({"model": model, "image": picture(number), "deadline_ms": deadline_ms})
-        head = f"POST /classify HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        head = (
+            f"POST /classify HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
         found.append(f"{head}\r\n\r\n{body}")
     return found
 
@@ -207,7 +209,9 @@ def middle(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The median of every number over runs of the same shape."""
     first = runs[0]
     return {
-        key: middle([run[key] for run in runs]) if isinstance(first[key], dict) else statistics.median(r[key] for r in runs)
+        key: middle([run[key] for run in runs])
+        if isinstance(first[key], dict)
+        else statistics.median(r[key] for r in runs)
         for key in first
     }
 

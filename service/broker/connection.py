@@ -55,7 +55,7 @@ def reachable(call: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
     async def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return await call(*args, **kwargs)
-        except (RedisError, OSError) as error:
+        except (RedisError, OSError, RuntimeError) as error:
             if not is_outage(error):
                 raise
             log.debug("redis: %s", error)
@@ -68,6 +68,8 @@ def is_outage(error: Exception) -> bool:
     """Whether the server is away, loading, full, read-only or forbids the command: nothing we sent was wrong."""
     if isinstance(error, ResponseError) and (str(error).startswith(OUTAGE_CODES) or IN_SCRIPT.search(str(error))):
         return True
+    if isinstance(error, RuntimeError):  # what uvloop says of a transport that was closed under redis-py
+        return "handler is closed" in str(error)
     return isinstance(error, (*OUTAGES, OSError))
 
 

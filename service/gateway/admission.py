@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
-from typing import Any
 
 from starlette.requests import Request
 
 from models.api import ClassifyParams, ClassifyWork, GenerateParams, GenerateWork, ModelInfo, planned_layer_evals
 from service.broker.letters import new_id
 from service.broker.redis_streams import Submitted
-from service.errors import Cancelled, DeadlineExceeded, JobFailed, OfframpError, by_code
+from service.errors import Cancelled, DeadlineExceeded, JobFailed, by_code
 from service.gateway.asking import Asking, fingerprint
+from service.gateway.replies import Waiter
 from service.gateway.resolve import pick_gear
 from service.gateway.state import Gateway
 from service.gateway.webhooks import check_webhook
@@ -62,11 +61,15 @@ async def run_job(gateway: Gateway, info: ModelInfo, params: Params, work: Work,
                 return job.id
         if asked.key:
             return succeeded(await answer)
-        result = await _unless_gone(asked.request, asyncio.ensure_future(answer))
-    if result is None:
-        await gateway.broker.cancel(info.name, job.id, gateway.settings.result_ttl_s)
-        raise Cancelled("the client went away")
-    return succeeded(result)
+        watch = asyncio.create_task(_watch(asked.request, waiter))
+        try:
+            return succeeded(await answer)
+        except Cancelled:
+            if waiter.gone:
+                await gateway.broker.cancel(info.name, job.id, gateway.settings.result_ttl_s)
+            raise
+        finally:
+            watch.cancel()
 
 
 async def _queue(gateway: Gateway, job: Job, params: Params, asked: Asking, budget_s: float) -> tuple[Submitted, float]:
@@ -105,23 +108,12 @@ async def _job(gateway: Gateway, info: ModelInfo, params: Params, work: Work, as
     return ClassifyJob(id=job_id, cost=cost, work=work)
 
 
-async def _unless_gone(request: Request, answer: asyncio.Future[Any]) -> Result | None:
-    """The answer; None when the client hung up before it came."""
-    gone: asyncio.Future[Any] = asyncio.ensure_future(_hung_up(request))
-    try:
-        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-        found: Result | None = answer.result() if answer.done() else None
-        return found
-    finally:
-        for task in (answer, gone):
-            task.cancel()
-            with suppress(asyncio.CancelledError, OfframpError):
-                await task
-
-
-async def _hung_up(request: Request) -> None:
+async def _watch(request: Request, waiter: Waiter) -> None:
+    """Tell the waiter when the client hangs up."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    waiter.gone = True
+    waiter.look.set()
 
 
 def succeeded(result: Result) -> Result:

@@ -60,6 +60,11 @@ def answer(result: Result, info: ModelInfo, total_s: float) -> GenerateResponse 
     return GenerateResponse(id=result.id, model=info.name, images=images, receipt=receipt, timings=timings)
 
 
+def body_of(answer: GenerateResponse | ClassifyResponse) -> bytes:
+    """JSON of an answer, without what is absent."""
+    return answer.__pydantic_serializer__.to_json(answer, exclude_none=True)
+
+
 def classification(prediction: Prediction, labels: Sequence[str], top_k: int) -> Classification:
     """The answer for one image: classes by falling probability, ties by index; `top_k` 0 lists all."""
     p, members = prediction.probabilities, prediction.prediction_set

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from secrets import token_hex
 from typing import Any
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse
 from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.errors import BadRequest, NotAllowed, NotFound, OfframpError, TooLarge, Unavailable, by_code
-from service.gateway.auth import caller
+from service.gateway.auth import Guard, described
 from service.gateway.middleware import BodyLimit, Edge
 from service.gateway.replies import Replies
 from service.gateway.routes import classify, generate, health, jobs, models
@@ -59,12 +59,14 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.webhooks = Webhooks(broker, catalogue, metrics, settings)
     app.state.leaving = lambda: False
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(Guard, keys=keyring, broker=broker)
     app.add_middleware(Edge, metrics=metrics, respond=problem)
-    for route in (generate, classify, jobs, models):
-        app.include_router(route.router, dependencies=[Depends(caller)])
-    app.include_router(health.router)
+    for route in (generate, classify, jobs, models, health):
+        app.include_router(route.router)
     for kind in (OfframpError, RequestValidationError, HTTPException, RedisError):
         app.add_exception_handler(kind, _on_error)
+    page = app.openapi
+    app.openapi = lambda: described(page())  # type: ignore[method-assign]
     return app
 
 

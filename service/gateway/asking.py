@@ -7,13 +7,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
-from fastapi import Depends, Request
+from starlette.requests import Request
 
 from models.api import ClassifyParams, GenerateParams
 from service.errors import BadRequest
-from service.gateway.auth import Caller, caller
+from service.keys import Caller
 from service.protocol import encode
 
 KEY = "Idempotency-Key"
@@ -45,12 +44,14 @@ class Asking:
         return hashlib.sha256(f"{self.caller.id}\0{self.key}".encode()).hexdigest()
 
 
-async def asking(request: Request, who: Annotated[Caller, Depends(caller)]) -> Asking:
+def asking(request: Request) -> Asking:
     """The headers of a request that makes a job."""
-    key = request.headers.get(KEY, "").strip().strip('"')
-    if KEY in request.headers and not _SANE_KEY.fullmatch(key):
+    given = request.headers.get(KEY)
+    key = "" if given is None else given.strip().strip('"')
+    if given is not None and not _SANE_KEY.fullmatch(key):
         raise BadRequest(f"{KEY} must be 1 to 255 visible ASCII characters", field=KEY)
-    return Asking(request, who, key, wait_of(request.headers.getlist("prefer")))
+    prefer = request.headers.getlist("prefer")
+    return Asking(request, request.state.caller, key, wait_of(prefer) if prefer else None)
 
 
 def wait_of(prefer: Sequence[str]) -> float | None:

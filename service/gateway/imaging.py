@@ -19,12 +19,14 @@ from io import BytesIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from starlette.concurrency import run_in_threadpool
 
 from models.api import ImageFormat
 from service.errors import NotAnImage, TooLarge
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 CHANNEL_MODES = {1: "L", 3: "RGB"}
+SMALL = 32_768  # bytes as sent
 MAGIC: dict[ImageFormat, bytes] = {"png": b"\x89PNG", "webp": b"RIFF", "npy": b"\x93NUMPY"}
 
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -66,11 +68,20 @@ def decode(data: bytes, shape: tuple[int, int, int], max_pixels: int, field: str
 
 
 def decode_all(encoded: Sequence[tuple[str, bytes | str]], shape: tuple[int, int, int], max_pixels: int) -> list[bytes]:
-    """`decode` for (field name, bytes or base64 text) pairs; slow enough to belong on a thread."""
+    """`decode` for (field name, bytes or base64 text) pairs; large ones are slow enough to belong on a thread."""
     return [
         decode(from_base64(data, field) if isinstance(data, str) else data, shape, max_pixels, field)
         for field, data in encoded
     ]
+
+
+async def decoded(
+    encoded: Sequence[tuple[str, bytes | str]], shape: tuple[int, int, int], max_pixels: int
+) -> list[bytes]:
+    """`decode_all`, on a thread unless it is done sooner than a thread wakes up."""
+    if sum(len(data) for _, data in encoded) <= SMALL:
+        return decode_all(encoded, shape, max_pixels)
+    return await run_in_threadpool(decode_all, encoded, shape, max_pixels)
 
 
 def encoding_of(data: bytes) -> ImageFormat:

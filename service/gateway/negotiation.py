@@ -13,7 +13,9 @@ def choose(accept: str | None, offers: Sequence[str]) -> str:
     Each offer gets the q of the most specific range that matches it. Ties go to the range written
     first, then to the offer listed first. An absent or empty header accepts anything.
     """
-    ranges = _parse(accept or "*/*")
+    if accept in (None, "", "*/*", offers[0]):
+        return offers[0]
+    ranges = _parse(accept)
     ranked = []
     for place, offer in enumerate(offers):
         family = offer.split("/")[0] + "/*"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from redis.exceptions import RedisError
 
 from service.broker.redis_streams import Broker
-from service.errors import DeadlineExceeded, Unavailable
+from service.errors import Cancelled, DeadlineExceeded, Unavailable
 from service.protocol import Result
 
 POLL_S = 2.0
@@ -26,10 +26,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Waiter:
-    """A request that waits: `look` is set when there is reason to look, `result` when the wake-up brought it."""
+    """A request that waits: `look` is set when there is reason to look, `result` when the wake-up brought it, `gone`
+    when nobody wants the answer any more."""
 
     look: asyncio.Event = field(default_factory=asyncio.Event)
     result: Result | None = None
+    gone: bool = False
 
 
 class Replies:
@@ -66,7 +68,8 @@ class Replies:
                 self._waiting.pop(job_id, None)
 
     async def result(self, waiter: Waiter, model: str, job_id: str, budget_s: float) -> Result:
-        """The job's result; DeadlineExceeded after `budget_s` without one, whatever Redis does."""
+        """The job's result; DeadlineExceeded after `budget_s` without one, whatever Redis does; Cancelled when the
+        waiter is gone."""
         clock = asyncio.get_running_loop().time
         end = clock() + budget_s
         with suppress(TimeoutError):
@@ -77,6 +80,8 @@ class Replies:
                             await waiter.look.wait()
                     if waiter.result is not None:
                         return waiter.result
+                    if waiter.gone:
+                        raise Cancelled("the client went away")
                     waiter.look.clear()
                     with suppress(Unavailable, RedisError):
                         if found := await self._broker.result(model, job_id):

@@ -16,6 +16,7 @@ from service.metrics import WorkerMetrics
 from service.worker.engine import Engine, Tick
 from service.worker.lane import Lane
 from service.worker.patience import AWAY, Backoff, wanted
+from service.worker.quarantine import Quarantine
 
 ANNOUNCE_S = 2.0
 SOON_S = 0.2
@@ -98,11 +99,8 @@ class WorkerIO:
                 await broker.aclose()
 
     async def _serve(self, broker: Broker) -> None:
-        for engine in self._engines:
-            lane = Lane(
-                engine, broker, self._worker, self._settings, self._metrics, self._wake, self._group.create_task
-            )
-            self._lanes[engine.name] = lane
+        shared = (self._worker, self._settings, self._metrics, self._wake, self._group.create_task, Quarantine())
+        self._lanes |= {engine.name: Lane(engine, broker, *shared) for engine in self._engines}
         lanes = list(self._lanes.values())
         announcing = self._group.create_task(self._announce(broker))
         beating = [self._group.create_task(lane.beat()) for lane in lanes]
@@ -127,6 +125,9 @@ class WorkerIO:
             for lane in lanes:
                 lane.engine.suspend()
             self._wake()
+            await asyncio.wait([settled], timeout=self._settings.lease_s)
+            for lane in lanes:
+                lane.abandon()
             await settled
 
     async def _listen(self, broker: Broker) -> None:

@@ -5,34 +5,34 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
-from service.broker.jobs import Wake
 from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.metrics import WorkerMetrics
-from service.protocol import Delivery, GenerateJob, Result
+from service.protocol import Delivery
+from service.worker.answering import Answering
 from service.worker.engine import Engine, Finished, Progress
 from service.worker.patience import AWAY, Backoff, wanted
-from service.worker.results import failed_result, record, to_result, told
+from service.worker.quarantine import Quarantine
+from service.worker.results import told
 
 WAIT_MS = 1000
-NOTIFY_S = 20.0
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Held:
-    """A job in hand, until when (this machine's monotonic seconds) its answer is worth retrying, and whether a
-    checkpoint is on its way."""
+    """A job in hand: until when (this machine's monotonic seconds) its answer is worth retrying, whether a checkpoint
+    is on its way, and that it was put down."""
 
     delivery: Delivery
     useful_until: float
     saving: bool = False
+    down: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Lane:
@@ -47,6 +47,7 @@ class Lane:
         metrics: WorkerMetrics,
         wake: Callable[[], None],
         spawn: Callable[[Coroutine[Any, Any, None]], object],
+        quarantine: Quarantine,
     ) -> None:
         self.engine, self.model = engine, engine.name
         self.hand: dict[str, Held] = {}
@@ -54,15 +55,16 @@ class Lane:
         self.draining = asyncio.Event()
         self.ready, self.stalled = False, False
         self._broker, self._worker, self._settings, self._metrics = broker, worker, settings, metrics
-        self._wake, self._spawn = wake, spawn
+        self._wake, self._spawn, self._quarantine = wake, spawn, quarantine
+        quarantine.lanes.append(self)
         self._put_down_one = asyncio.Event()
         self._ticks_seen, self._was_busy = -1, False
         self._free_seen = 0
-        self._give_up_at = float("inf")
+        self._answering = Answering(self.model, broker, worker, settings, metrics)
 
     def drain(self) -> None:
         """Take no more. Answers that Redis does not accept within a lease are left to redelivery."""
-        self._give_up_at = time.monotonic() + self._settings.lease_s
+        self._answering.give_up_at = time.monotonic() + self._settings.lease_s
         self.draining.set()
         self.room.set()
 
@@ -71,6 +73,11 @@ class Lane:
         self.stalled = False
         if self.engine.free_rows() > self._free_seen:
             self.room.set()
+
+    def abandon(self) -> None:
+        """Leave what is in hand to redelivery."""
+        for held in list(self.hand.values()):
+            self._put_down(held.delivery)
 
     async def settled(self) -> None:
         """Return when nothing is in hand."""
@@ -84,7 +91,7 @@ class Lane:
         while wanted() and not self.draining.is_set():
             self.room.clear()
             free = self._free_seen = self.engine.free_rows()
-            if self.stalled or not free:
+            if self.stalled or not free or self._quarantine.forbids(self):
                 await self._for_room()
                 continue
             try:
@@ -117,7 +124,7 @@ class Lane:
             self._metrics.outcomes.labels(self.model, outcome).inc()
             if outcome == "expired":
                 self._metrics.deadline_missed.labels(self.model, "waiting").inc()
-            self._spawn(self._notify([wake]))
+            self._spawn(self._answering.wake([wake]))
         if taken.full:
             await self._for_room()
         elif self._free_seen:
@@ -138,11 +145,33 @@ class Lane:
 
     def _receive(self, delivery: Delivery) -> None:
         if earlier := self.hand.get(delivery.entry):
+            self._put_down(earlier.delivery)
             self.engine.withdraw([earlier.delivery.attempt])
         left_s = (delivery.deadline_ms - delivery.taken_ms) / 1000
-        self.hand[delivery.entry] = Held(delivery, time.monotonic() + max(0.0, left_s) + self._settings.lease_s)
-        self.engine.offer(delivery)
-        self._wake()
+        held = Held(delivery, time.monotonic() + max(0.0, left_s) + self._settings.lease_s)
+        self.hand[delivery.entry] = held
+        if delivery.solo:
+            self._spawn(self._alone(held))
+        elif self._quarantine.forbids(self):
+            self._spawn(self._afterwards(held))
+        else:
+            self._offer(held)
+
+    def _offer(self, held: Held) -> None:
+        if self.hand.get(held.delivery.entry) is held:
+            self.engine.offer(held.delivery)
+            self._wake()
+
+    async def _alone(self, held: Held) -> None:
+        """Run a job that may have killed its workers, with nothing else in this process."""
+        async with self._quarantine.held(self):
+            self._offer(held)
+            await held.down.wait()
+
+    async def _afterwards(self, held: Held) -> None:
+        """Run a job that was taken while another lane's ran alone."""
+        async with self._quarantine.lock:
+            self._offer(held)
 
     async def beat(self) -> None:
         """Renew leases every third of one, but only while ticks progress: a hung engine loses its jobs."""
@@ -186,7 +215,7 @@ class Lane:
         held = self.hand.get(delivery.entry)
         if held is None or held.delivery is not delivery:
             return False
-        del self.hand[delivery.entry]
+        self.hand.pop(delivery.entry).down.set()
         self._put_down_one.set()
         return True
 
@@ -232,65 +261,12 @@ class Lane:
         self._put_down(progress.delivery)
 
     async def finish(self, over: Sequence[Finished]) -> None:
-        """Encode and store the answers of a tick, put the jobs down, wake their gateways."""
-        if any(isinstance(done.delivery.job, GenerateJob) for done in over):
-            results = await asyncio.to_thread(self._encode, over)
-        else:
-            results = self._encode(over)
-        pairs = [(done.delivery, result) for done, result in zip(over, results, strict=True)]
-        try:
-            wakes: Sequence[Wake | None] = await self._broker.finish_all(self.model, pairs, self._settings.result_ttl_s)
-        except AWAY:
-            wakes = await asyncio.gather(*(self._store(*pair) for pair in pairs))
-        for done, result, wake in zip(over, results, wakes, strict=True):
+        """Store the answers of a tick, put the jobs down, wake their gateways."""
+        wakes = await self._answering.store(over, self._useful_until)
+        for done in over:
             self._put_down(done.delivery)
-            fields = {"model": self.model, "job": result.id, "outcome": result.outcome, "run_s": result.run_s}
-            log.info("job finished" if wake else "answer not needed, or left to redelivery", extra=fields)
-            if wake:
-                record(self._metrics, self.model, result, done)
-        await self._notify([wake for wake in wakes if wake])
+        await self._answering.wake(wakes)
 
-    def _encode(self, over: Sequence[Finished]) -> list[Result]:
-        return [self._encoded(done) for done in over]
-
-    def _encoded(self, done: Finished) -> Result:
-        try:
-            return to_result(done, self._worker, self._settings.max_result_bytes)
-        except Exception as error:
-            log.exception("answer cannot be encoded", extra={"model": self.model, "job": done.delivery.job.id})
-            return failed_result(done, self._worker, f"encode: {type(error).__name__}: {error}")
-
-    async def _store(self, delivery: Delivery, result: Result) -> Wake | None:
-        """Try until the answer is not worth it any more; None where it does not count or is left to redelivery."""
+    def _useful_until(self, delivery: Delivery) -> float:
         held = self.hand.get(delivery.entry)
-        useful_until = held.useful_until if held else time.monotonic() + self._settings.lease_s
-        try:
-            return await self._retry(
-                "finishing a job",
-                lambda: self._broker.finish(self.model, delivery, result, self._settings.result_ttl_s),
-                lambda: min(useful_until, self._give_up_at),
-            )
-        except AWAY:
-            return None
-
-    async def _notify(self, wakes: Sequence[Wake]) -> None:
-        """Wake gateways; they look by themselves every few seconds, so giving up costs delay only."""
-        until = time.monotonic() + NOTIFY_S
-        with suppress(*AWAY):
-            await self._retry(
-                "waking a gateway", lambda: self._broker.notify(wakes), lambda: min(until, self._give_up_at)
-            )
-
-    async def _retry(self, what: str, call: Callable[[], Awaitable[T]], until: Callable[[], float]) -> T:
-        """`call` until it works; its last error once `until` (monotonic seconds; it may move) has passed."""
-        backoff = Backoff(what)
-        while True:
-            try:
-                value = await call()
-            except AWAY as error:
-                if time.monotonic() >= until():
-                    raise
-                await asyncio.sleep(backoff.failed(error))
-            else:
-                backoff.worked()
-                return value
+        return held.useful_until if held else time.monotonic() + self._settings.lease_s

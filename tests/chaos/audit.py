@@ -89,7 +89,9 @@ def _unlike(redis: Redis, model: str, told: Sequence[Told]) -> list[str]:
             pipe.hget(f"offramp:{{m:{model}}}:job:{one.id}", "state")
         states = pipe.execute()
     pairs = [(one, state.decode()) for one, state in zip(known, states, strict=True) if state is not None]
-    return [f"{one.id}: the client heard {one.state}, the store says {state}" for one, state in pairs if state != one.state]
+    return [
+        f"{one.id}: the client heard {one.state}, the store says {state}" for one, state in pairs if state != one.state
+    ]
 
 
 def left_behind(redis: Redis) -> list[str]:

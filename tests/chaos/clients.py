@@ -61,13 +61,13 @@ class Client:
         """Ask until it is final, or `patience_s` have passed."""
         told, began, pause = Told(ask), time.monotonic(), PAUSE_S[0]
         while time.monotonic() - began < self._patience_s:
-            status, body, headers = self._once("POST", ask.path, ask)
+            status, body, headers = self.once("POST", ask.path, ask)
             if status == 202:
-                status, body, headers = self._follow(headers.get("Location", ""), began)
+                status, body, headers = self._follow(headers.get("location", ""), began)
             if self._final(told, status, body):
                 break
             told.troubles.append(f"{status or 'lost'} {body.get('code') or body.get('error', '')}")
-            time.sleep(min(pause, float(headers.get("Retry-After", pause))) * self._draw.uniform(0.5, 1.0))
+            time.sleep(min(pause, float(headers.get("retry-after", pause))) * self._draw.uniform(0.5, 1.0))
             pause = min(2 * pause, PAUSE_S[1])
         told.seconds = time.monotonic() - began
         return told
@@ -86,15 +86,15 @@ class Client:
     def _follow(self, location: str, began: float) -> tuple[int, dict[str, Any], dict[str, str]]:
         """Poll an async job on any gateway until it has ended."""
         while time.monotonic() - began < self._patience_s:
-            status, body, headers = self._once("GET", location)
+            status, body, _ = self.once("GET", location)
             if status == 404:
                 return 0, {"error": "the job is forgotten"}, {}
             if status == 200 and body.get("status") not in ("queued", "running"):
-                return self._once("GET", f"{location}/result")
+                return self.once("GET", f"{location}/result")
             time.sleep(0.2 * self._draw.uniform(0.5, 1.0))
         return 0, {"error": "polled in vain"}, {}
 
-    def _once(self, method: str, path: str, ask: Ask | None = None) -> tuple[int, dict[str, Any], dict[str, str]]:
+    def once(self, method: str, path: str, ask: Ask | None = None) -> tuple[int, dict[str, Any], dict[str, str]]:
         """Status (0: no answer), body and headers of one try."""
         headers = {"Content-Type": "application/json"}
         if ask is not None:
@@ -105,7 +105,11 @@ class Client:
         try:
             connection.request(method, path, None if ask is None else json.dumps(ask.body), headers)
             response = connection.getresponse()
-            return response.status, json.loads(response.read() or b"{}"), dict(response.headers)
+            return (
+                response.status,
+                json.loads(response.read() or b"{}"),
+                {k.lower(): v for k, v in response.headers.items()},
+            )
         except (OSError, HTTPException, ValueError) as error:
             return 0, {"error": type(error).__name__}, {}
         finally:

@@ -114,7 +114,9 @@ class Fleet:
         self.told: list[Told] = []
         self.folder, self.store = folder, Store(folder / "data", fsync)
         base = {"LEASE_S": str(LEASE_S), "MAX_DELIVERIES": "3", "DEADLINE_S": "120", "RESULT_TTL_S": "3600"}
-        chosen = base | {"REDIS_URL": self.url(self.store.port)} | {key.upper(): value for key, value in settings.items()}
+        chosen = (
+            base | {"REDIS_URL": self.url(self.store.port)} | {key.upper(): value for key, value in settings.items()}
+        )
         self.proxies = {number: Proxy(free_port(), self.store.port) for number in proxied}
         self.gateways = [Member("gateway", f"gateway-{i}", folder, chosen, {}) for i in range(gateways)]
         self.workers = []
@@ -178,8 +180,6 @@ class Fleet:
         """Every process answers, and every worker gave a sign of life."""
 
         def all_there() -> bool:
-            for member in self.members():
-                assert member.alive(), f"{member.name} ended:\n{member.log.read_text()[-3000:]}"
             said = [get_json(f"http://127.0.0.1:{port}/readyz") for port in self.ports]
             counts = [one["models"] for one in said if one]
             return len(counts) == len(said) and all(max(found.values(), default=0) >= 1 for found in counts)
@@ -188,8 +188,11 @@ class Fleet:
         wait_for("every worker", lambda: all(self._serving(worker) for worker in self.workers), seconds)
 
     def _serving(self, worker: Member) -> bool:
+        assert worker.alive(), f"{worker.name} ended:\n{worker.log.read_text()[-3000:]}"
         return f"-{worker.pid}-".encode() in b" ".join(
-            member for key in self.redis().scan_iter("offramp:{m:*}:workers") for member in self.redis().zrange(key, 0, -1)
+            member
+            for key in self.redis().scan_iter("offramp:{m:*}:workers")
+            for member in self.redis().zrange(key, 0, -1)
         )
 
     def tend(self) -> None:

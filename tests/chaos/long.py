@@ -30,7 +30,7 @@ from tests.chaos.faults import FAULTS, PowerCut
 from tests.chaos.fleet import DRILL, POISON, Fleet
 
 SLOW = {**DRILL, "name": "slow", "evaluations": 120}
-REAL = ["fashion-dit", "fashion-ensemble"]
+REAL = ["fashion-dit", "fashion-ensemble", "fashion-bridge", "fashion-heads", "fashion-student"]
 VARIANTS, REAL_SHARE, SLOW_SHARE, POISONS = 16, 0.05, 0.4, 3
 CROWD, LOOK_S = 32, 0.25
 TOLERANCE = 1e-3
@@ -87,24 +87,21 @@ def asks_of(jobs: int, run: str, right: dict[int, Any], draw: random.Random) -> 
 
 
 class Breaker:
-    """Breaks something every `every` seconds or so, and starts again what died."""
+    """Breaks something every `every` seconds or so, in a thread of its own."""
 
     def __init__(self, fleet: Fleet, draw: random.Random, every: float, power: PowerCut | None) -> None:
         self._fleet, self._draw, self._every, self._power = fleet, draw, every, power
         self.done: Counter[str] = Counter()
-        self.starts = 0
         self._over = threading.Event()
-        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._break, self._tend)]
+        self._thread = threading.Thread(target=self._break, daemon=True)
 
     def __enter__(self) -> Breaker:
-        for thread in self._threads:
-            thread.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        for thread in self._threads:
-            thread.join()
+        self._thread.join()
         self._fleet.tend()
 
     def _break(self) -> None:
@@ -117,19 +114,21 @@ class Breaker:
             else:
                 FAULTS[name](self._fleet, self._draw)
 
-    def _tend(self) -> None:
-        while not self._over.wait(LOOK_S):
-            self._fleet.tend()
-
 
 def run(jobs: int, minutes: float, seed: int, fsync: str, every: float, folder: Path) -> dict[str, Any]:
     """The ledger of a run."""
     draw, name, right = random.Random(seed), f"run-{seed}", dict[int, Any]()
-    served: Sequence[Sequence[dict[str, Any] | str]] = [[DRILL, SLOW, *REAL], [DRILL, SLOW, *REAL], [DRILL, SLOW, POISON]]
+    served: Sequence[Sequence[dict[str, Any] | str]] = [
+        [DRILL, SLOW, *REAL],
+        [DRILL, SLOW, *REAL],
+        [DRILL, SLOW, POISON],
+    ]
     end = time.monotonic() + 60 * minutes
     settings = {"max_deliveries": "5", "deadline_s": "600"}
     with Fleet(folder, served, gateways=2, fsync=fsync, proxied=[1, 2], **settings) as fleet:
-        first = Crowd(fleet.ports, [real_ask(n, f"{name}-first", right) for n in range(VARIANTS)], 2, 120).start().join()
+        first = (
+            Crowd(fleet.ports, [real_ask(n, f"{name}-first", right) for n in range(VARIANTS)], 2, 120).start().join()
+        )
         assert all(one.state == "ok" for one in first), [one.troubles for one in first]
         crowd = Crowd(fleet.ports, asks_of(jobs, name, right, draw), CROWD, 300)
         with PowerCut(fleet.store.data_dir) as power:
@@ -137,7 +136,8 @@ def run(jobs: int, minutes: float, seed: int, fsync: str, every: float, folder: 
                 began = time.monotonic()
                 crowd.start()
                 while crowd.busy():
-                    time.sleep(0.5)
+                    time.sleep(LOOK_S)
+                    fleet.tend()  # here, because the store dies with the thread that started it
                     if time.monotonic() > end - 60:
                         crowd.stop()
             told = crowd.join()

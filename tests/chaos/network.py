@@ -33,6 +33,7 @@ class Proxy:
         return self
 
     def stop(self) -> None:
+        self._call(self._server.close)
         self._call(self._close_all)
         self._call(self._loop.stop)
         self._thread.join(10)
@@ -61,7 +62,7 @@ class Proxy:
         self._loop.close()
 
     async def _serve(self, started: threading.Event) -> None:
-        await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
         started.set()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

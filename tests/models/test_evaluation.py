@@ -214,6 +214,7 @@ def test_classify_measures_every_method(zoo, data):
     rows = ["source", "source at T*", *(f"DE-{m}" for m in range(1, 6)), "DE-5 served", "cascade", "student"]
     rows += ["DBN x1, 3 steps", "DBN x1, 1 evaluation", "DBN x1, distilled", "regressor, MSE", "regressor, KL"]
     rows += ["DBN x2", "DBN x2, corrected", "bridge network", "exits"]
+    rows += ["regressors x2, KL", "regressors x2, KL, corrected"]
     assert set(summary["rows"]) == set(summary["dee"]) == set(summary["costs"]) == set(rows)
     for name in rows:
         assert sum(line.startswith((f"| {name} |", f"| {name} (")) for line in output.splitlines()) >= 2

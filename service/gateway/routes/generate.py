@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
+from starlette.responses import Response
 
 from models.api import GenerateParams, ImageFormat
 from service.gateway.admission import run_job
-from service.gateway.answers import JSON, PICTURES, answer, offers, picture
-from service.gateway.asking import Asking, asking
+from service.gateway.answers import JSON, PICTURES, answer, body_of, offers, picture
+from service.gateway.asking import asking
 from service.gateway.bodies import generate_params
 from service.gateway.negotiation import choose
 from service.gateway.resolve import generate_work, pick_model
-from service.gateway.routes.deps import Shared
+from service.gateway.routes.deps import gateway_of
 from service.gateway.routes.jobs import accepted
 from service.gateway.schemas import GenerateRequest, GenerateResponse, body_schema
 
@@ -33,13 +33,10 @@ router = APIRouter()
     },
     openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": body_schema(GenerateRequest)}}}},
 )
-async def generate(
-    request: Request,
-    gateway: Shared,
-    asked: Annotated[Asking, Depends(asking)],
-    params: Annotated[GenerateParams, Depends(generate_params)],
-) -> Any:
+async def generate(request: Request) -> Response:
     """Draw images."""
+    gateway, asked = gateway_of(request), asking(request)
+    params = await generate_params(request)
     media = choose(request.headers.get("accept"), offers(params.format))
     info = pick_model(await gateway.catalogue.infos(), params.model, "generate")
     request.state.model = info.name
@@ -49,7 +46,7 @@ async def generate(
         return await accepted(request, gateway, result)
     if media in PICTURES:
         return await picture(result, media)
-    return answer(result, info, time.monotonic() - request.state.arrived)
+    return Response(body_of(answer(result, info, time.monotonic() - asked.arrived)), media_type=JSON)
 
 
 def _worker_format(params: GenerateParams, media: str) -> ImageFormat:

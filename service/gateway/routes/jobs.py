@@ -18,12 +18,13 @@ from service.broker.letters import model_of
 from service.errors import JobOver, NotFound, OfframpError, Unavailable
 from service.gateway.admission import succeeded
 from service.gateway.answers import PICTURES, answer, offers_of, picture
-from service.gateway.auth import Caller, caller
+from service.gateway.auth import caller
 from service.gateway.following import follow
 from service.gateway.negotiation import choose
 from service.gateway.routes.deps import Shared
 from service.gateway.schemas import ClassifyResponse, GenerateResponse, JobView, Progress, job_state, problem_of
 from service.gateway.state import Gateway
+from service.keys import Caller
 from service.protocol import Result
 
 POLL_S = 0.5

@@ -183,10 +183,9 @@ class Held:
 
 
 @contextlib.contextmanager
-def gateway(url: str, overrides: dict[Any, Any] | None = None, **settings: Any) -> Iterator[str]:
-    """Base URL of a gateway on its own thread and loop; `overrides` replace its dependencies."""
+def gateway(url: str, **settings: Any) -> Iterator[str]:
+    """Base URL of a gateway on its own thread and loop."""
     app = create_app(Settings(redis_url=url, **settings))
-    app.dependency_overrides.update(overrides or {})
     config = uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=10)
     server = uvicorn.Server(config)
     app.state.leaving = lambda: server.should_exit

@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 
 from service.broker.letters import new_id
 from service.broker.redis_streams import Broker
-from service.gateway.auth import Caller, caller
+from service.keys import digest, new_key
 from service.protocol import Terms
 from tests.service.broker.jobs import job
 from tests.service.gateway.serving import Held, Worker, b64, client, expired, failing, gateway, png, silent
@@ -197,8 +197,9 @@ async def test_unknown_jobs_are_not_found(http: httpx.AsyncClient, job_id: str) 
 
 async def test_another_key_finds_no_job(http: httpx.AsyncClient, valkey_url: str) -> None:
     job_id = (await http.post("/generate", json={})).json()["id"]
-    with gateway(valkey_url, overrides={caller: lambda: Caller("somebody")}) as base:
-        async with httpx.AsyncClient(base_url=base, trust_env=False) as other:
+    key = new_key()
+    with gateway(valkey_url, api_keys=f"somebody:{digest(key).hex()}") as base:
+        async with httpx.AsyncClient(base_url=base, trust_env=False, headers={"X-API-Key": key}) as other:
             for method, tail in (("GET", ""), ("DELETE", ""), ("GET", "/result"), ("GET", "/events")):
                 assert (await other.request(method, f"/jobs/{job_id}{tail}")).status_code == 404
             mine = (await other.post("/generate", json={})).json()["id"]

@@ -27,6 +27,7 @@ from service.worker.engine import Engine
 from service.worker.io import WorkerIO
 from service.worker.lane import Lane
 from service.worker.main import loop
+from service.worker.quarantine import Quarantine
 from tests.service.worker.toy import BAD_PIXELS, ToyClassify, ToyGenerate, pixels
 from tests.service.worker.work import GATEWAY, draw, judge
 
@@ -233,7 +234,7 @@ async def hand_cranked(broker: Broker, task: ToyGenerate, lease_s: float = 1.0) 
     def spawn(work: Any) -> None:
         running.add(asyncio.create_task(work))
 
-    lane = Lane(engine, broker, "cranked", Settings(lease_s=lease_s), metrics, lambda: None, spawn)
+    lane = Lane(engine, broker, "cranked", Settings(lease_s=lease_s), metrics, lambda: None, spawn, Quarantine())
     spawn(lane.take())
     spawn(lane.beat())
     yield SimpleNamespace(engine=engine, lane=lane, running=running)
@@ -344,3 +345,24 @@ async def test_what_a_dead_worker_saved_is_not_run_again(broker: Broker, valkey_
     with serving(valkey_url, task, lease_s=1.0):
         assert pixels(0, 50).tobytes() in (await answer(broker, job)).images[0].data
     assert [evaluation for _, evaluation in task.evaluated] == list(range(30, 50))
+
+
+async def test_a_job_that_may_kill_runs_with_nothing_beside_it(broker: Broker, valkey_url: str, model: str) -> None:
+    other = f"{model}-other"
+    suspect, bystander = ToyGenerate(model, step_s=0.002), ToyGenerate(other, step_s=0.002)
+    await broker.ensure(model)
+    killer = await submit(broker, draw(steps=40, model=model))
+    for _ in range(2):
+        assert (await broker.take(model, "gone", 4, 4, 0)).deliveries
+    with serving(valkey_url, suspect, bystander, lease_s=1.0):
+        jobs = [await submit(broker, draw(steps=30, seed=seed, model=other)) for seed in range(12)]
+
+        async def begun() -> bool:
+            return bool(suspect.evaluated)
+
+        await until("the suspect runs", begun)
+        before = len(bystander.evaluated)
+        await until("the suspect is half way", lambda: asyncio.sleep(0, len(suspect.evaluated) >= 20))
+        assert len(bystander.evaluated) == before
+        for job in [killer, *jobs]:
+            assert (await answer(broker, job)).outcome == "ok"
