@@ -57,10 +57,14 @@ def refuse_shadows() -> None:
 @app.command()
 def up() -> None:
     """Start the store, one gateway and one worker; restart what dies; Ctrl-C drains."""
+    from service.broker.fitness import refuse_unfit_store
     from service.config import load_settings
     from service.supervisor import Supervisor
 
-    raise typer.Exit(Supervisor(load_settings()).run())
+    settings = load_settings()
+    if settings.redis_url:
+        refuse_unfit_store(settings.redis_url)
+    raise typer.Exit(Supervisor(settings).run())
 
 
 @app.command()
@@ -69,12 +73,14 @@ def gateway() -> None:
     import uvicorn
 
     from service import logs
+    from service.broker.fitness import refuse_unfit_store
     from service.config import load_settings
     from service.gateway.app import create_app
     from service.supervisor import GRACE_S, located
 
     settings = located(load_settings())
     logs.setup(settings.log_level)
+    refuse_unfit_store(settings.redis_url)
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, _leave)
     app = create_app(settings)
@@ -94,12 +100,14 @@ def gateway() -> None:
 def worker() -> None:
     """Run a worker. Without OFFRAMP_REDIS_URL it uses the embedded server of OFFRAMP_DATA_DIR."""
     from service import logs
+    from service.broker.fitness import refuse_unfit_store
     from service.config import load_settings
     from service.supervisor import located
     from service.worker.main import run
 
     settings = located(load_settings())
     logs.setup(settings.log_level)
+    refuse_unfit_store(settings.redis_url)
     raise typer.Exit(run(settings))
 
 

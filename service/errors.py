@@ -18,7 +18,8 @@
     |   `- QuotaExceeded         429 quota_exceeded    the API key has too much queued and running
     |- JobFailed                 500 job_failed        the worker could not run it
     |- Unavailable               503 unavailable       Redis away, or no worker
-    |   `- NoWorker              503 no_worker         nobody serves the model now
+    |   |- NoWorker              503 no_worker         nobody serves the model now
+    |   `- UnfitStore            503 unfit_store       the store would lose work
     `- DeadlineExceeded          504 deadline_exceeded the budget ran out before the answer
 
 Only gateway/app.py turns these into HTTP. Across the wire an error is `protocol.Failure`: data.
@@ -148,6 +149,12 @@ class NoWorker(Unavailable):
     """Nobody serves the model now."""
 
     code, title = "no_worker", "No worker"
+
+
+class UnfitStore(Unavailable):
+    """The store would lose work: an eviction policy, its age, a command it lacks."""
+
+    code, title = "unfit_store", "Unfit store"
 
 
 class DeadlineExceeded(OfframpError):

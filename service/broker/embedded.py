@@ -45,9 +45,10 @@ def die_with_parent() -> None:
 
 
 class Embedded:
-    """One server on one data folder; `url` stays the same over restarts."""
+    """One server on one data folder, of the wheel or `executable`; `url` stays the same over restarts."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, executable: Path | None = None) -> None:
+        self._executable = executable
         self.data_dir = data_dir.resolve()
         name = hashlib.sha256(str(self.data_dir).encode()).hexdigest()[:16]
         self.socket = Path(tempfile.gettempdir()) / f"offramp-{os.getuid()}-{name}" / "valkey.sock"
@@ -79,7 +80,7 @@ class Embedded:
         self.socket.unlink(missing_ok=True)
         with (self.data_dir / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [str(binary()), *self._options()],
+                [str(self._executable or binary()), *self._options()],
                 cwd=self.data_dir,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -59,7 +59,7 @@ class Lane:
         quarantine.lanes.append(self)
         self._put_down_one = asyncio.Event()
         self._ticks_seen, self._was_busy = -1, False
-        self._free_seen = 0
+        self._free_seen, self._alone_in_hand = 0, False
         self._answering = Answering(self.model, broker, worker, settings, metrics)
 
     def drain(self) -> None:
@@ -91,7 +91,7 @@ class Lane:
         while wanted() and not self.draining.is_set():
             self.room.clear()
             free = self._free_seen = self.engine.free_rows()
-            if self.stalled or not free or self._quarantine.forbids(self):
+            if self.stalled or not free or self._alone_in_hand or self._quarantine.forbids(self):
                 await self._for_room()
                 continue
             try:
@@ -151,6 +151,7 @@ class Lane:
         held = Held(delivery, time.monotonic() + max(0.0, left_s) + self._settings.lease_s)
         self.hand[delivery.entry] = held
         if delivery.solo:
+            self._alone_in_hand = True
             self._spawn(self._alone(held))
         elif self._quarantine.forbids(self):
             self._spawn(self._afterwards(held))
@@ -167,6 +168,8 @@ class Lane:
         async with self._quarantine.held(self):
             self._offer(held)
             await held.down.wait()
+        self._alone_in_hand = False
+        self.room.set()
 
     async def _afterwards(self, held: Held) -> None:
         """Run a job that was taken while another lane's ran alone."""

@@ -35,10 +35,10 @@ LEASE_S = 1.0
 
 
 class Store(Embedded):
-    """The embedded server on a TCP port, with an append-only file as asked."""
+    """The embedded server, or another `executable`, on a TCP port, with an append-only file as asked."""
 
-    def __init__(self, folder: Path, fsync: str) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, fsync: str, executable: Path | None) -> None:
+        super().__init__(folder, executable)
         self.port, self.fsync = free_port(), fsync
 
     def _options(self) -> list[str]:
@@ -108,11 +108,12 @@ class Fleet:
         fsync: str = "always",
         proxied: Sequence[int] = (),
         extra: dict[int, dict[str, str]] | None = None,
+        executable: Path | None = None,
         **settings: str,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.told: list[Told] = []
-        self.folder, self.store = folder, Store(folder / "data", fsync)
+        self.folder, self.store = folder, Store(folder / "data", fsync, executable)
         base = {"LEASE_S": str(LEASE_S), "MAX_DELIVERIES": "3", "DEADLINE_S": "120", "RESULT_TTL_S": "3600"}
         chosen = (
             base | {"REDIS_URL": self.url(self.store.port)} | {key.upper(): value for key, value in settings.items()}

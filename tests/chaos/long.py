@@ -30,7 +30,7 @@ from tests.chaos.faults import FAULTS, PowerCut
 from tests.chaos.fleet import DRILL, POISON, Fleet
 
 SLOW = {**DRILL, "name": "slow", "evaluations": 120}
-REAL = ["fashion-dit", "fashion-ensemble", "fashion-bridge", "fashion-heads", "fashion-student"]
+REAL = ["fashion-dit", "fashion-ensemble", "fashion-bridge", "fashion-distance", "fashion-heads", "fashion-student"]
 VARIANTS, REAL_SHARE, SLOW_SHARE, POISONS = 16, 0.05, 0.4, 3
 CROWD, LOOK_S = 32, 0.25
 TOLERANCE = 1e-3

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.chaos.audit import audit
 from tests.chaos.clients import Client, Crowd, drill_ask
 from tests.chaos.fleet import DRILL, Fleet
+from tests.support import old_redis, system_redis
 
 pytestmark = pytest.mark.e2e
 ASKS = 300
 
 
-@pytest.fixture(scope="module", params=["always"])
+VICTIMS = ["worker", "gateway", "store", "all"]
+SERVERS: dict[str, Callable[[], str] | None] = {"valkey": None, "redis": system_redis, "redis62": old_redis}
+
+
+@pytest.fixture(scope="module")
 def fleet(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    find = SERVERS[request.param]
+    executable = Path(find()) if find else None
     folder = tmp_path_factory.mktemp("kills")
-    with Fleet(folder, [[DRILL], [DRILL]], gateways=2, fsync=request.param) as running:
+    with Fleet(folder, [[DRILL], [DRILL]], gateways=2, fsync="always", executable=executable) as running:
         yield running
 
 
-@pytest.mark.parametrize("victim", ["worker", "gateway", "store", "all"])
+@pytest.mark.parametrize(
+    ("fleet", "victim"),
+    [("valkey", victim) for victim in VICTIMS] + [("redis", "all"), ("redis62", "all")],
+    indirect=["fleet"],
+    scope="module",
+)
 def test_a_kill_under_load_costs_nothing(fleet: Fleet, victim: str) -> None:
     fleet.ready()
     asks = [drill_ask(DRILL, n, f"kill-{victim}", poll=n % 4 == 0, deadline_ms=60_000) for n in range(ASKS)]

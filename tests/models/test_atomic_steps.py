@@ -6,14 +6,20 @@ import itertools
 import numpy as np
 import pytest
 
+from models.evaluation.served import calibrate
+from models.evaluation.served import run as run_split
 from models.registry import METHODS, SOLVERS, TASKS
+from models.tasks.classifier import load_classifier
 from models.tasks.classify import ClassifyTask, load
+from models.tasks.contracts import write_calibration
 from models.tasks.decoding import DecodeStage
-from tests.models.classifiers import IMAGES
+from models.uncertainty.decision import Target
+from tests.models.classifiers import IMAGES, make_whole_zoo
 from tests.models.classifiers import work as classify_work
+from tests.models.purifiers import write_purifier
 from tests.models.test_generate_task import Doubling, dit, make
 from tests.models.test_generate_task import work as generate_work
-from tests.models.test_methods import calibrated_whole_zoo
+from tests.models.test_methods import split
 
 
 class Trouble(RuntimeError):
@@ -146,11 +152,16 @@ def test_rows_that_are_drawn_stay_where_they_were(generator, way):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return calibrated_whole_zoo(tmp_path_factory.mktemp("zoo"))
+    folder = make_whole_zoo(tmp_path_factory.mktemp("zoo"))
+    write_purifier(folder.parent)
+    classifier = load_classifier(folder)
+    halves = run_split(classifier, split(60, 1)), run_split(classifier, split(80, 2))
+    write_calibration(folder, classifier, calibrate(classifier, *halves, Target("escalate_share", 0.3), 0.1))
+    return folder
 
 
 ASKED = [
-    *(classify_work(method, image) for method, image in zip(METHODS, IMAGES, strict=False)),
+    *(classify_work(method, image) for method, image in zip(METHODS, itertools.cycle(IMAGES), strict=False)),
     *(
         classify_work(method, IMAGES[9], purify=draws)
         for method, draws in (("bridge", 2), ("single", 16), ("bridges", 9))

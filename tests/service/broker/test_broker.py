@@ -9,9 +9,11 @@ import pytest
 from redis.asyncio import Redis
 
 from service.broker import keys
+from service.broker.fitness import refuse_unfit_store
 from service.broker.jobs import Wake
 from service.broker.redis_streams import Broker
-from service.errors import QueueFull, Unavailable
+from service.config import ConfigError
+from service.errors import QueueFull, Unavailable, UnfitStore
 from service.protocol import Result, Terms, encode
 from tests.service.broker.jobs import info, job, ok
 
@@ -183,11 +185,18 @@ async def test_a_server_that_may_evict_is_refused_whatever_its_maxmemory(broker,
     async with Redis.from_url(server_url) as redis:
         await redis.config_set("maxmemory-policy", policy)
         try:
-            with pytest.raises(Unavailable, match=f"{policy}.*noeviction"):
+            with pytest.raises(UnfitStore, match=f"{policy}.*noeviction"):
                 await broker.check()
+            with pytest.raises(ConfigError, match=f"OFFRAMP_REDIS_URL: .*{policy}"):
+                await asyncio.to_thread(refuse_unfit_store, server_url)
         finally:
             await redis.config_set("maxmemory-policy", "noeviction")
     await broker.check()
+    await asyncio.to_thread(refuse_unfit_store, server_url)
+
+
+async def test_a_server_that_is_away_does_not_keep_a_process_from_starting():
+    await asyncio.to_thread(refuse_unfit_store, "unix:///nonexistent/valkey.sock")
 
 
 async def test_no_server_is_unavailable():
