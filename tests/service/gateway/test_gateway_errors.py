@@ -209,9 +209,8 @@ async def test_a_passed_deadline_is_504(redis: Redis, valkey_url: str, answer: A
 
 async def refusals(http: httpx.AsyncClient) -> dict[tuple[str, str], float]:
     """Refused requests by model and reason."""
-    found = re.findall(
-        r'^offramp_refusals_total{model="(.+)",reason="(.+)"} (.+)$', (await http.get("/metrics")).text, re.M
-    )
+    text = (await http.get("/metrics")).text
+    found = re.findall(r'^offramp_refusals_total{model="(.+)",reason="(.+)"} (.+)$', text, re.M)
     return {(model, reason): float(count) for model, reason, count in found if float(count)}
 
 
