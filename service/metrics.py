@@ -42,7 +42,7 @@ ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256)
 NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.3, 3.0, 5.0)
 EXITS = ("1", "2", "3")  # stages of a classifier that may answer
 OUTCOMES = ("ok", "bad_request", "rejected", "expired", "cancelled", "failed", "unavailable")
-
+REFUSALS = ("queue_full", "rate_limited", "quota_exceeded", "no_worker", "unavailable", "deadline_exceeded")
 WEBHOOKS = ("delivered", "retried", "given_up", "gone", "refused")
 
 
@@ -52,6 +52,9 @@ class GatewayMetrics:
     def __init__(self) -> None:
         r = self.registry = CollectorRegistry()
         self.requests = Counter("offramp_requests", "Requests by outcome.", ["task", "model", "outcome"], registry=r)
+        self.refusals = Counter(
+            "offramp_refusals", "Requests refused before they were queued.", ["model", "reason"], registry=r
+        )
         self.duration = Histogram(
             "offramp_request_duration_seconds", "Arrival to answer.", ["task", "model"], buckets=SECONDS, registry=r
         )
@@ -130,6 +133,9 @@ class WorkerMetrics:
         self.outcomes = Counter("offramp_jobs", "Jobs finished by this worker.", ["model", "outcome"], registry=r)
         self.images = Counter("offramp_images", "Images answered.", ["model", "mode"], registry=r)
         self.redeliveries = Counter("offramp_redeliveries", "Jobs received again.", ["model"], registry=r)
+        self.leases_lost = Counter(
+            "offramp_leases_lost", "Jobs that went to another while this worker stalled.", ["model"], registry=r
+        )
         self.checkpoints = Counter("offramp_checkpoints", "States of rows that were saved.", ["model"], registry=r)
         self.entropy = Histogram(
             "offramp_predictive_entropy_nats", "Entropy of answers.", ["model", "method"], buckets=NATS, registry=r
@@ -185,6 +191,7 @@ class WorkerMetrics:
             for decision in get_args(DecisionName):
                 self.decisions.labels(info.name, method, decision)
         self.redeliveries.labels(info.name)
+        self.leases_lost.labels(info.name)
         self.mixed.labels(info.name)
         for when in ("waiting", "running", "hopeless"):
             self.deadline_missed.labels(info.name, when)

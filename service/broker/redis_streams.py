@@ -137,7 +137,7 @@ class Broker(Hooks):
     @reachable
     async def queue_stats(self, model: str) -> QueueStats:
         """Numbers for gauges, read at scrape."""
-        async with self._redis.pipeline(transaction=False) as pipe:
+        async with self._redis.pipeline(transaction=True) as pipe:  # of one moment: the ledger has to balance
             pipe.hgetall(keys.ledger(model))
             pipe.hvals(keys.backlog(model))
             pipe.xlen(keys.letters(model))

@@ -89,7 +89,9 @@ async def _queue(gateway: Gateway, job: Job, params: Params, asked: Asking, budg
                 webhook=params.webhook or "",
                 need_worker=True,
             )
-            return await gateway.broker.submit(job, terms), left_s
+            submitted = await gateway.broker.submit(job, terms)
+            asked.request.state.queued = True
+            return submitted, left_s
     except TimeoutError:
         raise DeadlineExceeded("the deadline passed before the job was queued", field="deadline_ms") from None
 

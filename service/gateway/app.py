@@ -87,7 +87,7 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
 def problem(request: Request, error: Exception) -> JSONResponse:
     """The problem+json answer for any exception; an unexpected one is logged and says nothing of itself."""
     known, errors = _classify(error)
-    request_id = request.state.request_id
+    request_id, request.state.code = request.state.request_id, known.code
     if known.status >= 500 and not known.retryable:
         log.error("request %s failed", request_id, exc_info=error)
     retry_after = known.retry_after_s or RETRY_AFTER_S.get(known.status)

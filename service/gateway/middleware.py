@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import TooLarge
-from service.metrics import GatewayMetrics
+from service.errors import Cancelled, TooLarge
+from service.metrics import REFUSALS, GatewayMetrics
 
 TASKS = {"/generate": "generate", "/classify": "classify"}
 DRAIN_S = 5.0
@@ -23,10 +24,12 @@ DRAIN_FACTOR = 4
 _SANE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-def outcome_of(status: int) -> str:
-    """The metric label of an HTTP status: one of metrics.OUTCOMES."""
+def outcome_of(status: int, code: str = "") -> str:
+    """The metric label of an HTTP status and a problem's code: one of metrics.OUTCOMES."""
     if status < 400:
         return "ok"
+    if code == Cancelled.code:
+        return "cancelled"
     special = {429: "rejected", 503: "unavailable", 504: "expired"}
     return special.get(status, "bad_request" if status < 500 else "failed")
 
@@ -35,7 +38,8 @@ class Edge:
     """Gives every request an id and an arrival time, and counts it when it ends.
 
     Sets `request.state.request_id` and `.arrived` (time.monotonic()); a route that knows its model
-    sets `.model`. The client's X-Request-Id is kept when it is 1-128 visible ASCII characters.
+    sets `.model`, `.queued` once the job is accepted, and the answer to an error its `.code`. The client's
+    X-Request-Id is kept when it is 1-128 visible ASCII characters.
     An error that nothing inside has answered is answered by `respond`.
     """
 
@@ -70,11 +74,14 @@ class Edge:
             await self._respond(Request(scope), error)(scope, receive, send_with_id)
         finally:
             if status and scope["method"] == "POST" and scope["path"] in TASKS:
-                self._count(TASKS[scope["path"]], state.get("model", "other"), status, state["arrived"])
+                self._count(TASKS[scope["path"]], status, state)
 
-    def _count(self, task: str, model: str, status: int, arrived: float) -> None:
-        self._metrics.requests.labels(task, model, outcome_of(status)).inc()
-        self._metrics.duration.labels(task, model).observe(time.monotonic() - arrived)
+    def _count(self, task: str, status: int, state: dict[str, Any]) -> None:
+        model, code = state.get("model", "other"), state.get("code", "")
+        self._metrics.requests.labels(task, model, outcome_of(status, code)).inc()
+        self._metrics.duration.labels(task, model).observe(time.monotonic() - state["arrived"])
+        if code in REFUSALS and "queued" not in state:
+            self._metrics.refusals.labels(model, code).inc()
 
 
 class BodyLimit:

@@ -122,6 +122,8 @@ class Lane:
         self.engine.pressed = taken.full or not self._free_seen
         for wake, outcome in taken.ended:
             self._metrics.outcomes.labels(self.model, outcome).inc()
+            if outcome == "expired":
+                self._metrics.deadline_missed.labels(self.model, "waiting").inc()
             self._spawn(self._answering.wake([wake]))
         if taken.full:
             await self._for_room()
@@ -208,6 +210,7 @@ class Lane:
         """Drop jobs whose lease went to somebody else; one that was finished meanwhile is no loss."""
         lost = [d for d in deliveries if self._put_down(d)]
         if lost:
+            self._metrics.leases_lost.labels(self.model).inc(len(lost))
             log.warning("leases lost", extra={"model": self.model, "jobs": [d.job.id for d in lost]})
             self.engine.withdraw([d.attempt for d in lost])
 

@@ -23,8 +23,17 @@ from tests.support import Offramp, wait_for
 pytestmark = [pytest.mark.e2e, pytest.mark.prometheus, pytest.mark.zoo]
 
 CLIENTS, MOST_ROUNDS = 3, 60
-# Nothing dies under this load.
-QUIET = {"Redeliveries"}
+# Nothing dies, fails, is late or refused under this load.
+QUIET = {
+    "Redeliveries",
+    "Refusals",
+    "Dead letters",
+    "Deadline misses",
+    "Checkpoints and restores",
+    "Batch splits",
+    "Webhooks",
+    "Ledger balance",
+}
 
 
 def picture(seed: int) -> str:
@@ -41,7 +50,9 @@ def client(url: str, number: int, enough: Event) -> None:
     with httpx.Client(base_url=url, timeout=120) as http:
         for turn in range(MOST_ROUNDS):
             http.post("/generate", json=bodies[turn % len(bodies)]).raise_for_status()
-            for method in ("single", "bridge", "ensemble"):
+            later = http.post("/generate", json={"n": 2, "steps": 50}, headers={"Prefer": "respond-async"})
+            assert http.delete(later.headers["Location"]).status_code in (200, 409)
+            for method in ("single", "bridge", "ensemble", "exits"):
                 images = [picture(turn), picture(turn + 1)]
                 http.post("/classify", json={"images": images, "method": method}).raise_for_status()
             if enough.is_set():

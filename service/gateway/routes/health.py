@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import get_args
 
 from fastapi import APIRouter
 from redis.exceptions import RedisError
@@ -13,7 +14,8 @@ from service.broker.redis_streams import QueueStats
 from service.errors import NoWorker, OfframpError
 from service.gateway.routes.deps import Shared
 from service.gateway.state import Gateway
-from service.metrics import OUTCOMES
+from service.metrics import OUTCOMES, REFUSALS
+from service.protocol import Outcome
 
 SCRAPE_BUDGET_S = 2.0
 
@@ -60,9 +62,11 @@ def _set_gauges(gateway: Gateway, stats: list[tuple[ModelInfo, QueueStats]]) -> 
         m.backlog.labels(info.name).set(queue.backlog)
         m.letters.labels(info.name).set(queue.letters)
         m.workers.labels(info.name).set(queue.workers)
-        for state, count in queue.ledger.items():
-            m.jobs.labels(info.name, state).set(count)
+        for state in ("accepted", *get_args(Outcome)):
+            m.jobs.labels(info.name, state).set(queue.ledger.get(state, 0))
         m.duration.labels(info.task, info.name)
         m.waiting.labels(info.task)
         for outcome in OUTCOMES:
             m.requests.labels(info.task, info.name, outcome)
+        for reason in REFUSALS:
+            m.refusals.labels(info.name, reason)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -202,7 +203,15 @@ async def test_a_passed_deadline_is_504(redis: Redis, valkey_url: str, answer: A
     async with Worker(valkey_url, answer), client(valkey_url) as http:
         problem(await http.post("/generate", json={"deadline_ms": 50}), 504, "deadline_exceeded", "deadline_ms")
         lines = (await http.get("/metrics")).text.splitlines()
+        assert await refusals(http) == {}  # it was queued
     assert 'offramp_requests_total{model="drawer",outcome="expired",task="generate"} 1.0' in lines
+
+
+async def refusals(http: httpx.AsyncClient) -> dict[tuple[str, str], float]:
+    """Refused requests by model and reason."""
+    text = (await http.get("/metrics")).text
+    found = re.findall(r'^offramp_refusals_total{model="(.+)",reason="(.+)"} (.+)$', text, re.M)
+    return {(model, reason): float(count) for model, reason, count in found if float(count)}
 
 
 async def test_a_full_queue_is_429_with_retry_after(redis: Redis, valkey_url: str) -> None:
@@ -223,6 +232,7 @@ async def test_a_full_queue_is_429_with_retry_after(redis: Redis, valkey_url: st
         refused = await http.post("/generate", json={})
         body = problem(refused, 429, "queue_full")
         assert int(refused.headers["Retry-After"]) == body["retry_after_s"] >= 1
+        assert await refusals(http) == {("drawer", "queue_full"): 1.0}
         result = echo(held[0])
         await broker.notify([await broker.finish("drawer", held[0], result, 60)])
         assert (await first).status_code == 200
@@ -236,6 +246,7 @@ async def test_no_worker_is_503(redis: Redis, valkey_url: str) -> None:
         problem(nothing, 503, "no_worker")
         assert int(nothing.headers["Retry-After"]) >= 1
         problem(await http.get("/readyz"), 503, "no_worker")
+        assert await refusals(http) == {("other", "no_worker"): 1.0}
 
 
 async def test_an_advertised_model_without_a_live_worker_is_503(http: httpx.AsyncClient, redis: Redis) -> None:

@@ -47,6 +47,8 @@ async def test_who_hangs_up_has_the_job_cancelled(held: Held, held_http: httpx.A
     await settles(held_http, 0)
     assert await redis.hgetall("offramp:{m:drawer}:ledger") == {b"accepted": b"1", b"cancelled": b"1"}
     assert (await held.broker.queue_stats("drawer")).jobs == 0
+    counted = 'offramp_requests_total{model="drawer",outcome="cancelled",task="generate"} 1.0'
+    assert counted in (await held_http.get("/metrics")).text.splitlines()
     assert not await held.finish(delivery)  # fenced off
     (told,) = (await held.broker.controls("double", "0"))[0]
     assert told == ("drawer", delivery.entry)  # its worker was told to stop

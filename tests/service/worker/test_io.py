@@ -152,9 +152,11 @@ async def test_expired_job_costs_no_step(broker: Broker, valkey_url: str, model:
     task = ToyGenerate(model)
     late = await submit(broker, draw(model=model), budget_ms=1)
     await asyncio.sleep(0.01)
-    with serving(valkey_url, task):
+    with serving(valkey_url, task) as worker:
         result = await answer(broker, late)
     assert result.outcome == "expired"
+    count = worker.metrics.registry.get_sample_value
+    assert count("offramp_deadline_missed_total", {"model": model, "when": "waiting"}) == 1
     assert result.failure is not None
     assert result.failure.code == "deadline_exceeded"
     assert task.evaluated == []
@@ -259,6 +261,8 @@ async def test_hung_engine_loses_its_lease_and_drops_the_job(broker: Broker, val
         assert (again.job.id, again.deliveries) == (job.id, 2)
         assert worker.lane.stalled
         await until("lease seen lost", lambda: _tick_without_finishing(worker))
+        count = worker.engine._metrics.registry.get_sample_value
+        assert count("offramp_leases_lost_total", {"model": model}) == 1
         worker.engine.tick()
         assert worker.engine.idle()
         assert await broker.result(model, job.id) is None
