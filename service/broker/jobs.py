@@ -78,6 +78,11 @@ class Jobs(Store):
         return None if raw is None else decode(Result, as_bytes(raw))
 
     @reachable
+    async def knows(self, model: str, job_id: str) -> bool:
+        """Whether the store has the job, or its result."""
+        return bool(await self._redis.exists(keys.job(model, job_id), keys.result(model, job_id)))
+
+    @reachable
     async def status(self, model: str, job_id: str) -> JobStatus | None:
         """How a job stands; None when it is not known (any more)."""
         found = await self._run("status", model, job_id, ALIVE_MS)

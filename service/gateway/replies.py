@@ -69,7 +69,7 @@ class Replies:
 
     async def result(self, waiter: Waiter, model: str, job_id: str, budget_s: float) -> Result:
         """The job's result; DeadlineExceeded after `budget_s` without one, whatever Redis does; Cancelled when the
-        waiter is gone."""
+        waiter is gone, Unavailable when the store has lost the job."""
         clock = asyncio.get_running_loop().time
         end = clock() + budget_s
         with suppress(TimeoutError):
@@ -83,10 +83,20 @@ class Replies:
                     if waiter.gone:
                         raise Cancelled("the client went away")
                     waiter.look.clear()
-                    with suppress(Unavailable, RedisError):
-                        if found := await self._broker.result(model, job_id):
-                            return found
+                    if found := await self._look(model, job_id):
+                        return found
         raise DeadlineExceeded("the deadline passed before the answer was ready", field="deadline_ms")
+
+    async def _look(self, model: str, job_id: str) -> Result | None:
+        """The result, if it is there; Unavailable when the store has lost the job, so that nobody waits for it."""
+        try:
+            found = await self._broker.result(model, job_id)
+            known = found is not None or await self._broker.knows(model, job_id)
+        except (Unavailable, RedisError):
+            return None
+        if not known:
+            raise Unavailable("the store has lost the job: send the request again", retry_after_s=1)
+        return found
 
     async def _read(self) -> None:
         """Pass wake-ups on; outages are waited out with back-off, then everybody looks for himself."""

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from redis.asyncio import Redis
 
+from service.broker import keys
 from service.broker.embedded import Embedded
 from service.broker.redis_streams import Broker
 from service.config import Settings
@@ -100,3 +102,14 @@ async def test_a_waiting_request_outlives_a_restart_of_the_server(tmp_path: Path
     finally:
         await broker.aclose()
         server.stop()
+
+
+async def test_nobody_waits_for_a_job_that_the_store_has_lost(valkey_url: str) -> None:
+    taken: asyncio.Queue[Delivery] = asyncio.Queue()
+    async with Worker(valkey_url, taken.put_nowait), client(valkey_url) as http, Redis.from_url(valkey_url) as redis:
+        waiting = asyncio.create_task(http.post("/generate", json={"seed": 7}))
+        delivery = await taken.get()
+        await redis.delete(keys.job("drawer", delivery.job.id), keys.queue("drawer"))
+        answer = await waiting
+        assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+        assert "send the request again" in answer.json()["detail"]
