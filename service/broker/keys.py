@@ -61,6 +61,11 @@ def ledger(model: str) -> str:
     return f"{prefix(model)}ledger"
 
 
+def due(model: str) -> str:
+    """Sorted set of entries that wait or run, by deadline: when to look whether one is overdue."""
+    return f"{prefix(model)}due"
+
+
 def letters(model: str) -> str:
     """Stream of dead letters."""
     return f"{prefix(model)}dlq"

@@ -82,6 +82,48 @@ async def test_when_all_has_ended_only_the_books_remain(broker, model, server_ur
         assert set(await redis.hvals(keys.backlog(model))) == {b"0"}
 
 
+async def test_without_a_worker_a_gateway_ends_what_is_overdue(broker, model):
+    terms = {"owner": "k", "events": True, "webhook": "https://x/", "reply_to": "g1"}
+    silent = await put(broker, model, deadline_ms=400, priority="low", **terms)
+    await take_one(broker, model)
+    handed_back = await put(broker, model, deadline_ms=400)
+    await broker.release(model, "w", await take_one(broker, model))
+    held = await put(broker, model, deadline_ms=400)
+    [holding] = (await broker.take(model, "v", 1, 4, LONG, reclaim=False)).deliveries
+    young = await put(broker, model)
+    overdue = [await put(broker, model, deadline_ms=1, priority=rank, **terms) for rank in keys.RANKS]
+    await asyncio.sleep(0.5)
+
+    assert await broker.expire(model, LONG, TTL_S, grace_ms=LONG) == []
+    ended = await broker.expire(model, LONG, TTL_S, grace_ms=0)
+    assert set(ended) == {one.id for one in (handed_back, *overdue)}
+    await broker.heartbeat(model, "v", [holding.entry])
+    assert await broker.expire(model, 400, TTL_S, grace_ms=0) == [silent.id]
+    assert await broker.expire(model, 400, TTL_S, grace_ms=0) == []
+
+    assert {(await broker.result(model, name)).outcome for name in (*ended, silent.id)} == {"expired"}
+    assert (await broker.queue_stats(model)).ledger == {"accepted": 7, "expired": 5}
+    assert await books(broker, model) == (0, 20)
+    wakes, _ = await broker.replies("g1", "0")
+    assert {name for name, _ in wakes} >= {one.id for one in (silent, *overdue)}
+    assert [event.name for event in await broker.events(model, silent.id)][-1] == "completed"
+    assert {hook.id for hook in await broker.due_hooks(model, LONG)} == {one.id for one in (silent, *overdue)}
+    assert (await broker.finish(model, holding, ok(holding), TTL_S)) is not None
+    assert (await take_one(broker, model)).job.id == young.id
+    assert held.id == holding.job.id
+
+
+async def test_what_is_overdue_ends_in_portions_even_behind_what_runs(broker, model, server_url):
+    for _ in range(230):
+        await put(broker, model, cost=1, deadline_ms=1)
+    async with Redis.from_url(server_url) as redis:
+        await redis.xreadgroup(keys.GROUP, "w", {keys.queue(model): ">"}, 110)  # as if taken before their deadlines
+    await asyncio.sleep(1.0)
+    sizes = [len(await broker.expire(model, LONG, TTL_S, grace_ms=900)) for _ in range(4)]
+    assert sizes == [0, 90, 30, 0]
+    assert (await books(broker, model))[0] == 0
+
+
 async def test_delivered_too_often_it_becomes_a_dead_letter(broker, model):
     sent = await put(broker, model, 2, 30, priority="high", owner="k", reply_to="g1")
     assert (await take_one(broker, model, "w1", max_deliveries=2)).deliveries == 1
@@ -92,7 +134,7 @@ async def test_delivered_too_often_it_becomes_a_dead_letter(broker, model):
     [letter] = [letter async for letter in broker.letters(model)]
     assert letter == await broker.letter(model, sent.id)
     assert (letter.id, letter.rank, letter.rows, letter.cost, letter.owner) == (sent.id, "high", 2, 30, "k")
-    assert (letter.attempts, letter.worker, letter.error) == (2, "w2", "the worker went away")
+    assert (letter.attempts, letter.worker, letter.error) == (2, "w2", "worker w2 went silent in delivery 2")
     assert letter.submitted_ms <= letter.dead_ms
     assert letter.job("new").work == sent.work
     failure = (await broker.result(model, sent.id)).failure
