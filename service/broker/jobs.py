@@ -47,7 +47,10 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class Event:
-    """One line of a job's story: queued, started, progress, preview, completed; `id` is where to go on."""
+    """One line of a job's story: queued, started, progress, preview, completed; `id` is where to go on.
+
+    A preview's pictures are not part of it: `Jobs.preview` has the newest.
+    """
 
     id: str
     name: str
@@ -120,6 +123,11 @@ class Jobs(Store):
             Event(entry.decode(), fields[b"name"].decode(), as_bytes(fields[b"data"]))
             for entry, fields in entries(found)
         ]
+
+    @reachable
+    async def preview(self, model: str, job_id: str) -> bytes:
+        """The newest preview of a running job; empty without one."""
+        return as_bytes(await self._redis.get(keys.preview(model, job_id)) or b"")
 
     @reachable
     async def notify(self, wakes: Sequence[Wake]) -> None:

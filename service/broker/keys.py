@@ -41,6 +41,11 @@ def checkpoint(model: str, job_id: str) -> str:
     return f"{prefix(model)}ck:{job_id}"
 
 
+def preview(model: str, job_id: str) -> str:
+    """What a running job's images looked like last, encoded."""
+    return f"{prefix(model)}pv:{job_id}"
+
+
 def backlog(model: str) -> str:
     """Hash of rank to queued and running cost."""
     return f"{prefix(model)}backlog"

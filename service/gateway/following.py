@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -69,13 +69,25 @@ class Story:
         if events := await self._read(self._after):
             self._after, self._kept = events[-1].id, True
             self.told = events[-1].name == "completed"
-            return [_line(event.name, _data(event), event.id) for event in events]
+            return await self._lines(events)
         if self._known and self._known.over:
             self.told = True
             return [_line("completed", {"status": job_state(self._known.state)})]
         if self._kept and time.monotonic() - self._looked < LOOK_S:
             return []
         return await self._look()
+
+    async def _lines(self, events: Sequence[Event]) -> list[str]:
+        """Events as lines; of previews only the newest, and only while it is kept: that is until the end."""
+        shown = [event for event in events if event.name == "preview"][-1:]
+        pictures = await self._broker.preview(self._model, self._id) if shown else b""
+        lines = []
+        for event in events:
+            if event.name != "preview":
+                lines.append(_line(event.name, _data(event), event.id))
+            elif pictures and event in shown:
+                lines.append(_line("preview", _pictures(pictures), event.id))
+        return lines
 
     async def _look(self) -> list[str]:
         """What the status says, where the stream is silent; an end may just have been written to the stream."""
@@ -108,10 +120,12 @@ def _data(event: Event) -> dict[str, Any]:
         return {"status": job_state(event.data.decode())}
     if event.name == "progress":
         return msgspec.msgpack.decode(event.data, type=dict[str, int])
-    if event.name == "preview":
-        pictures = msgspec.msgpack.decode(event.data, type=dict[int, bytes])
-        return {str(index): b64encode(picture).decode() for index, picture in pictures.items()}
     return {}
+
+
+def _pictures(encoded: bytes) -> dict[str, str]:
+    pictures = msgspec.msgpack.decode(encoded, type=dict[int, bytes])
+    return {str(index): b64encode(picture).decode() for index, picture in pictures.items()}
 
 
 def _line(name: str, data: dict[str, Any], event_id: str = "") -> str:

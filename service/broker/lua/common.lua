@@ -61,7 +61,7 @@ local function close(rank, entry, map, outcome, result, ttl)
     redis.call('EXPIRE', job, ttl)
   end
   redis.call('SET', P .. 'res:' .. map.id, result, 'EX', ttl, 'NX')
-  redis.call('DEL', P .. 'ck:' .. map.id)
+  redis.call('DEL', P .. 'ck:' .. map.id, P .. 'pv:' .. map.id)
   if map.events then
     tell(map.id, 'completed', outcome)
     redis.call('EXPIRE', P .. 'ev:' .. map.id, ttl)

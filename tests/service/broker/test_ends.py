@@ -166,6 +166,40 @@ async def test_a_job_that_may_kill_runs_alone(broker, model):
     assert (await take_one(broker, model, "v")).job.id == late.id
 
 
+async def test_the_fleet_does_not_drain_for_a_suspect_at_once(broker, model, server_url):
+    """A lapsed job that has to run alone is passed by until it was idle for three leases."""
+    await put(broker, model)
+    for _ in range(3):
+        suspect = await take_one(broker, model, lease_ms=0)
+    _, _, entry = suspect.entry.partition(":")
+
+    async def idle_for(ms):
+        async with Redis.from_url(server_url) as redis:
+            await redis.xclaim(keys.queue(model), keys.GROUP, "w", 0, [entry], idle=ms, justid=True)
+        taken = await broker.take(model, "v", 2, 4, 10_000)
+        return [d.job.id for d in taken.deliveries], taken.full, taken.lapsed
+
+    late = [await put(broker, model), await put(broker, model)]
+    assert await idle_for(20_000) == ([one.id for one in late], False, False)
+    late = await put(broker, model)
+    assert await idle_for(31_000) == ([], True, True)
+    assert await broker.release(model, "w", suspect)  # freed just now
+    assert [d.job.id for d in (await broker.take(model, "v", 2, 4, 10_000)).deliveries] == [late.id]
+
+
+async def test_suspects_that_are_passed_by_hide_nothing_that_fits(broker, model):
+    """Not even when the server reads past many of them in one call; one that is free runs the first of them."""
+    suspects = [await put(broker, model) for _ in range(15)]
+    for _ in range(2):
+        await broker.take(model, "w", 16, 16, 0)
+    late = await put(broker, model)
+    await asyncio.sleep(0.01)
+    taken = await broker.take(model, "v", 3, 4, 5_000)
+    assert [d.job.id for d in taken.deliveries] == [late.id]
+    [alone] = (await broker.take(model, "v", 4, 4, 1)).deliveries
+    assert (alone.solo, alone.job.id) == (True, suspects[0].id)
+
+
 @pytest.mark.parametrize("end", ["deadline", "deliveries"])
 async def test_what_cannot_run_any_more_holds_nobody_up(broker, model, end):
     """A large job that is out of time, or was delivered too often, ends though there is no room for it."""

@@ -183,7 +183,7 @@ async def test_events_tell_the_story_in_order(broker, model):
         ("queued", b""),
         ("started", b""),
         ("progress", b'{"done": 1}'),
-        ("preview", b"\x89PNG"),
+        ("preview", b""),
         ("started", b""),
         ("progress", b'{"done": 2}'),
         ("completed", b"ok"),
@@ -192,13 +192,27 @@ async def test_events_tell_the_story_in_order(broker, model):
     assert await broker.events(model, sent.id, story[-1].id, 1) == []
 
 
+async def test_of_previews_only_the_newest_is_kept_and_only_until_the_end(broker, model, server_url):
+    sent = await put(broker, model, events=True)
+    delivery = await take_one(broker, model)
+    assert await broker.preview(model, sent.id) == b""
+    for i in range(50):
+        await broker.checkpoint(model, delivery, {}, i, 50, TTL_S, b"p", bytes([i]) * 100_000)
+    assert await broker.preview(model, sent.id) == bytes([49]) * 100_000
+    async with Redis.from_url(server_url) as redis:
+        assert await redis.memory_usage(keys.events(model, sent.id), samples=0) < 50_000
+        assert 0 < await redis.ttl(keys.preview(model, sent.id)) <= TTL_S
+        await broker.finish(model, delivery, ok(delivery), TTL_S)
+        assert not await redis.exists(keys.preview(model, sent.id))
+
+
 async def test_a_job_that_nobody_follows_leaves_no_events(broker, model, server_url):
     await put(broker, model)
     delivery = await take_one(broker, model)
     assert not delivery.events
     await broker.checkpoint(model, delivery, {}, 1, 4, TTL_S, b"progress", b"preview")
     async with Redis.from_url(server_url) as redis:
-        assert not await redis.exists(keys.events(model, delivery.job.id))
+        assert not await redis.exists(keys.events(model, delivery.job.id), keys.preview(model, delivery.job.id))
 
 
 async def test_followers_hear_of_news_while_they_wait(broker, model):
