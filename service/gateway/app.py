@@ -23,6 +23,7 @@ from service.config import Settings
 from service.errors import BadRequest, NotAllowed, NotFound, OfframpError, TooLarge, Unavailable, by_code
 from service.gateway.auth import Guard, described
 from service.gateway.expiry import Expiry
+from service.gateway.following import Crowd
 from service.gateway.middleware import BodyLimit, Edge
 from service.gateway.replies import Replies
 from service.gateway.routes import classify, generate, health, jobs, models
@@ -59,6 +60,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.gateway = Gateway(gateway_id, settings, broker, replies, catalogue, metrics, keyring)
     app.state.webhooks = Webhooks(broker, metrics, settings)
     app.state.expiry = Expiry(broker, settings)
+    app.state.crowd = Crowd()
     app.state.leaving = lambda: False
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     app.add_middleware(Guard, keys=keyring, broker=broker)

@@ -6,32 +6,61 @@ import asyncio
 import json
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
 
 from service.broker.jobs import Event, JobStatus
 from service.broker.letters import model_of
-from service.errors import Unavailable
+from service.errors import RateLimited, Unavailable
 from service.gateway.schemas import job_state
 from service.gateway.state import Gateway
+from service.keys import Caller
 
 PING_S = 15.0
 LOOK_S = 2.0
 PAUSE_S = (0.1, 1.0)
 START = "0"
+MOST = 64
+RETRY_AFTER_S = 5
 
 
-async def follow(gateway: Gateway, job_id: str, after: str, leaving: Callable[[], bool]) -> AsyncIterator[str]:
+class Crowd:
+    """Requests of each API key that last: followers and long polls. Where nobody needs a key nobody is counted."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def admit(self, who: Caller) -> None:
+        """RateLimited when `who` has `MOST` of them open here."""
+        if who.id and self._counts[who.id] >= MOST:
+            said = f"this API key has {MOST} event streams and waiting requests open at this gateway"
+            raise RateLimited(said, retry_after_s=RETRY_AFTER_S)
+
+    @contextmanager
+    def joined(self, who: Caller) -> Iterator[None]:
+        """Count one while it lasts."""
+        self._counts[who.id] += 1
+        try:
+            yield
+        finally:
+            self._counts[who.id] -= 1
+            self._counts += Counter()  # forget who has none
+
+
+async def follow(
+    gateway: Gateway, crowd: Crowd, who: Caller, job_id: str, after: str, leaving: Callable[[], bool]
+) -> AsyncIterator[str]:
     """Events past `after` until the job is over or the process is `leaving`.
 
     A follower holds no connection to Redis while it waits: it asks again after a pause that grows from `PAUSE_S[0]` to
     `PAUSE_S[1]` seconds while nothing happens.
     """
     story, pause, spoke = Story(gateway, job_id, after), PAUSE_S[0], time.monotonic()
-    with gateway.replies.expect(job_id) as waiter:
+    with crowd.joined(who), gateway.replies.expect(job_id) as waiter:
         while not leaving():
             with suppress(Unavailable):
                 for line in await story.news():

@@ -30,10 +30,11 @@ async def test_status_tells_place_and_wait(broker, model):
     first, second = await put(broker, model, cost=10), await put(broker, model, cost=20, owner="k", deadline_ms=9000)
     await put(broker, model, cost=99, priority="low")
     assert (await broker.status(model, running.id)).state == "running"
-    assert (await broker.status(model, running.id)).position is None
-    status = await broker.status(model, first.id)
+    assert (await broker.status(model, running.id, place=True)).position is None
+    assert (await broker.status(model, first.id)).position is None
+    status = await broker.status(model, first.id, place=True)
     assert (status.state, status.position, status.eta_s, status.over) == ("queued", 0, 0, False)
-    status = await broker.status(model, second.id)
+    status = await broker.status(model, second.id, place=True)
     assert (status.position, status.eta_s, status.owner) == (1, 2.0, "k")
     assert status.deadline_ms - status.submitted_ms == 9000
     assert await broker.status(model, "unheard-of") is None
@@ -42,8 +43,16 @@ async def test_status_tells_place_and_wait(broker, model):
 async def test_no_worker_no_estimate(broker, model):
     await put(broker, model)
     sent = await put(broker, model)
-    status = await broker.status(model, sent.id)
+    status = await broker.status(model, sent.id, place=True)
     assert (status.position, status.eta_s) == (1, None)
+
+
+async def test_places_are_counted_to_two_hundred(broker, model):
+    await serve_at(broker, model, 100.0)
+    for _ in range(220):
+        sent = await put(broker, model, cost=1)
+    status = await broker.status(model, sent.id, place=True)
+    assert (status.position, status.eta_s) == (200, 2.0)
 
 
 async def test_without_a_live_worker_a_job_is_refused(broker, model, server_url):
