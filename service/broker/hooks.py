@@ -1,4 +1,7 @@
-"""Webhooks that are due: a sorted set per model by the time of the next try, filled by whatever ends a job."""
+"""A gateway's chores: webhooks that are due, and jobs that no worker is left to end.
+
+Both are sorted sets per model: webhooks by the time of the next try, entries by their deadline.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ from dataclasses import dataclass
 
 from service.broker import keys
 from service.broker.connection import reachable
+from service.broker.jobs import Wake
 from service.broker.letters import Letters
+from service.broker.store import as_bytes
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,20 @@ class Hook:
 
 
 class Hooks(Letters):
-    """A gateway's list of calls to make."""
+    """What any gateway does for all of them."""
+
+    @reachable
+    async def models(self) -> list[str]:
+        """Every model that was ever advertised, served now or not."""
+        return sorted(as_bytes(name).decode() for name in await self._redis.hkeys(keys.CATALOGUE))
+
+    @reachable
+    async def expire(self, model: str, lease_ms: int, ttl_s: int, grace_ms: int) -> list[str]:
+        """End jobs that are overdue by `grace_ms` and that no worker holds, and wake whoever waits; 100 ids at most."""
+        ended = await self._run("expire", model, grace_ms, lease_ms, ttl_s)
+        wakes = [Wake(tuple(gateways.decode().split()), name.decode()) for name, gateways in ended]
+        await self.notify(wakes)
+        return [wake.id for wake in wakes]
 
     @reachable
     async def due_hooks(self, model: str, lease_ms: int, count: int = 20) -> list[Hook]:

@@ -24,8 +24,8 @@ class JobStatus:
 
     Attributes:
         state: queued, running or an Outcome.
-        position: jobs that go before it, for one that is queued; counted up to 1,000.
-        eta_s: seconds until it is taken, at the measured rate; None where unknown.
+        position: jobs that go before it, for one that is queued, where asked for; 200 for as many or more.
+        eta_s: seconds until it is taken, at the measured rate; None where unknown; at least that for position 200.
         done, of: evaluations of all rows; 0 before the first checkpoint.
         deadline_ms, submitted_ms: Redis TIME.
     """
@@ -48,7 +48,10 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class Event:
-    """One line of a job's story: queued, started, progress, preview, completed; `id` is where to go on."""
+    """One line of a job's story: queued, started, progress, preview, completed; `id` is where to go on.
+
+    A preview's pictures are not part of it: `Jobs.preview` has the newest.
+    """
 
     id: str
     name: str
@@ -83,23 +86,22 @@ class Jobs(Store):
         return bool(await self._redis.exists(keys.job(model, job_id), keys.result(model, job_id)))
 
     @reachable
-    async def status(self, model: str, job_id: str) -> JobStatus | None:
-        """How a job stands; None when it is not known (any more)."""
-        found = await self._run("status", model, job_id, ALIVE_MS)
+    async def status(self, model: str, job_id: str, place: bool = False) -> JobStatus | None:
+        """How a job stands, with `place` its position too; None when it is not known (any more)."""
+        found = await self._run("status", model, job_id, ALIVE_MS, int(place))
         if not found:
             return None
-        flat, ahead, cost, rate = found
-        fields = {key.decode(): value.decode() for key, value in zip(flat[::2], flat[1::2], strict=True)}
+        (state, owner, submitted, deadline, done, of), ahead, cost, rate = found
         return JobStatus(
             id=job_id,
-            state=fields["state"],
-            owner=fields.get("owner", ""),
-            submitted_ms=int(fields["submitted_ms"]),
-            deadline_ms=int(fields["deadline_ms"]),
+            state=state.decode(),
+            owner=(owner or b"").decode(),
+            submitted_ms=int(submitted),
+            deadline_ms=int(deadline),
             position=int(ahead) if ahead >= 0 else None,
             eta_s=int(cost) / float(rate) if ahead >= 0 and float(rate) > 0 else None,
-            done=int(fields.get("done", 0)),
-            of=int(fields.get("of", 0)),
+            done=int(done or 0),
+            of=int(of or 0),
         )
 
     @reachable
@@ -131,6 +133,11 @@ class Jobs(Store):
             Event(entry.decode(), fields[b"name"].decode(), as_bytes(fields[b"data"]))
             for entry, fields in entries(found)
         ]
+
+    @reachable
+    async def preview(self, model: str, job_id: str) -> bytes:
+        """The newest preview of a running job; empty without one."""
+        return as_bytes(await self._redis.get(keys.preview(model, job_id)) or b"")
 
     @reachable
     async def notify(self, wakes: Sequence[Wake]) -> None:

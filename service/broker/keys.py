@@ -41,6 +41,11 @@ def checkpoint(model: str, job_id: str) -> str:
     return f"{prefix(model)}ck:{job_id}"
 
 
+def preview(model: str, job_id: str) -> str:
+    """What a running job's images looked like last, encoded."""
+    return f"{prefix(model)}pv:{job_id}"
+
+
 def backlog(model: str) -> str:
     """Hash of rank to queued and running cost."""
     return f"{prefix(model)}backlog"
@@ -59,6 +64,11 @@ def owed(model: str) -> str:
 def ledger(model: str) -> str:
     """Hash of counts: accepted and every outcome; accepted = outcomes + queued + in flight."""
     return f"{prefix(model)}ledger"
+
+
+def due(model: str) -> str:
+    """Sorted set of entries that wait or run, by deadline: when to look whether one is overdue."""
+    return f"{prefix(model)}due"
 
 
 def letters(model: str) -> str:

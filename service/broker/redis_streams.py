@@ -43,13 +43,14 @@ class Submitted:
 class Taken:
     """What a worker got; `full` when the next job did not fit; `cursors` are where `wait` goes on, one a rank.
 
-    `ended`: jobs that ended instead, with their outcomes.
+    `ended`: jobs that ended instead, with their outcomes; `lapsed` when what did not fit is a job whose lease ran out.
     """
 
     deliveries: list[Delivery]
     full: bool = False
     cursors: Sequence[str] = START
     ended: Sequence[tuple[Wake, Outcome]] = ()
+    lapsed: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,12 +171,14 @@ class Broker(Hooks):
         lease_ms: int,
         max_deliveries: int = 5,
         ttl_s: int = UNREADABLE_TTL_S,
+        reclaim: bool = True,
     ) -> Taken:
         """Take jobs that fit `free_rows` of `capacity` slots; leases idle for `lease_ms` come first.
 
+        Without `reclaim` such leases are not looked for, which takes the server longer the more are held.
         Jobs that are out of time, or were delivered `max_deliveries` times, end here; `ttl_s` keeps their results.
         """
-        args = (worker, free_rows, capacity, lease_ms, self._token, max_deliveries, ttl_s)
+        args = (worker, free_rows, capacity, lease_ms, self._token, max_deliveries, ttl_s, int(reclaim))
         try:
             full, cursors, rows, ended = await self._run("take", model, *args)
         except ResponseError as error:
@@ -188,7 +191,7 @@ class Broker(Hooks):
             (Wake(tuple(gateways.decode().split()), name.decode()), outcome.decode())
             for name, outcome, gateways in ended
         ]
-        return Taken(deliveries, bool(full), [cursor.decode() for cursor in cursors], over)
+        return Taken(deliveries, bool(full), [cursor.decode() for cursor in cursors], over, full == 2)
 
     async def _open(self, model: str, row: Sequence[Any]) -> Delivery | None:
         """The delivery of a row of take.lua; a job that cannot be read ends here as failed."""

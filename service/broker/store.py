@@ -36,7 +36,7 @@ class Script:
         return cls(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-OF_A_MODEL = ("submit", "take", "heartbeat", "checkpoint", "finish", "release", "cancel", "status", "hooks")
+OF_A_MODEL = ("submit", "take", "heartbeat", "checkpoint", "finish", "release", "cancel", "expire", "status", "hooks")
 SCRIPTS = {name: Script.read(name, "common") for name in OF_A_MODEL} | {"bucket": Script.read("bucket")}
 
 

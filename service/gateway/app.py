@@ -22,6 +22,8 @@ from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.errors import BadRequest, NotAllowed, NotFound, OfframpError, TooLarge, Unavailable, by_code
 from service.gateway.auth import Guard, described
+from service.gateway.expiry import Expiry
+from service.gateway.following import Crowd
 from service.gateway.middleware import BodyLimit, Edge
 from service.gateway.replies import Replies
 from service.gateway.routes import classify, generate, health, jobs, models
@@ -56,7 +58,9 @@ def create_app(settings: Settings) -> FastAPI:
     replies, metrics, catalogue = Replies(broker, gateway_id), GatewayMetrics(), Catalogue(broker)
     keyring = gateway_keyring(settings)
     app.state.gateway = Gateway(gateway_id, settings, broker, replies, catalogue, metrics, keyring)
-    app.state.webhooks = Webhooks(broker, catalogue, metrics, settings)
+    app.state.webhooks = Webhooks(broker, metrics, settings)
+    app.state.expiry = Expiry(broker, settings)
+    app.state.crowd = Crowd()
     app.state.leaving = lambda: False
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     app.add_middleware(Guard, keys=keyring, broker=broker)
@@ -74,7 +78,7 @@ def create_app(settings: Settings) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     gateway: Gateway = app.state.gateway
     try:
-        async with gateway.replies, app.state.webhooks:
+        async with gateway.replies, app.state.webhooks, app.state.expiry:
             yield
     finally:
         await gateway.broker.aclose()

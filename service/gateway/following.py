@@ -6,32 +6,61 @@ import asyncio
 import json
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
 
 from service.broker.jobs import Event, JobStatus
 from service.broker.letters import model_of
-from service.errors import Unavailable
+from service.errors import RateLimited, Unavailable
 from service.gateway.schemas import job_state
 from service.gateway.state import Gateway
+from service.keys import Caller
 
 PING_S = 15.0
 LOOK_S = 2.0
 PAUSE_S = (0.1, 1.0)
 START = "0"
+MOST = 64
+RETRY_AFTER_S = 5
 
 
-async def follow(gateway: Gateway, job_id: str, after: str, leaving: Callable[[], bool]) -> AsyncIterator[str]:
+class Crowd:
+    """Requests of each API key that last: followers and long polls. Where nobody needs a key nobody is counted."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def admit(self, who: Caller) -> None:
+        """RateLimited when `who` has `MOST` of them open here."""
+        if who.id and self._counts[who.id] >= MOST:
+            said = f"this API key has {MOST} event streams and waiting requests open at this gateway"
+            raise RateLimited(said, retry_after_s=RETRY_AFTER_S)
+
+    @contextmanager
+    def joined(self, who: Caller) -> Iterator[None]:
+        """Count one while it lasts."""
+        self._counts[who.id] += 1
+        try:
+            yield
+        finally:
+            self._counts[who.id] -= 1
+            self._counts += Counter()  # forget who has none
+
+
+async def follow(
+    gateway: Gateway, crowd: Crowd, who: Caller, job_id: str, after: str, leaving: Callable[[], bool]
+) -> AsyncIterator[str]:
     """Events past `after` until the job is over or the process is `leaving`.
 
     A follower holds no connection to Redis while it waits: it asks again after a pause that grows from `PAUSE_S[0]` to
     `PAUSE_S[1]` seconds while nothing happens.
     """
     story, pause, spoke = Story(gateway, job_id, after), PAUSE_S[0], time.monotonic()
-    with gateway.replies.expect(job_id) as waiter:
+    with crowd.joined(who), gateway.replies.expect(job_id) as waiter:
         while not leaving():
             with suppress(Unavailable):
                 for line in await story.news():
@@ -69,13 +98,25 @@ class Story:
         if events := await self._read(self._after):
             self._after, self._kept = events[-1].id, True
             self.told = events[-1].name == "completed"
-            return [_line(event.name, _data(event), event.id) for event in events]
+            return await self._lines(events)
         if self._known and self._known.over:
             self.told = True
             return [_line("completed", {"status": job_state(self._known.state)})]
         if self._kept and time.monotonic() - self._looked < LOOK_S:
             return []
         return await self._look()
+
+    async def _lines(self, events: Sequence[Event]) -> list[str]:
+        """Events as lines; of previews only the newest, and only while it is kept: that is until the end."""
+        shown = [event for event in events if event.name == "preview"][-1:]
+        pictures = await self._broker.preview(self._model, self._id) if shown else b""
+        lines = []
+        for event in events:
+            if event.name != "preview":
+                lines.append(_line(event.name, _data(event), event.id))
+            elif pictures and event in shown:
+                lines.append(_line("preview", _pictures(pictures), event.id))
+        return lines
 
     async def _look(self) -> list[str]:
         """What the status says, where the stream is silent; an end may just have been written to the stream."""
@@ -108,10 +149,12 @@ def _data(event: Event) -> dict[str, Any]:
         return {"status": job_state(event.data.decode())}
     if event.name == "progress":
         return msgspec.msgpack.decode(event.data, type=dict[str, int])
-    if event.name == "preview":
-        pictures = msgspec.msgpack.decode(event.data, type=dict[int, bytes])
-        return {str(index): b64encode(picture).decode() for index, picture in pictures.items()}
     return {}
+
+
+def _pictures(encoded: bytes) -> dict[str, str]:
+    pictures = msgspec.msgpack.decode(encoded, type=dict[int, bytes])
+    return {str(index): b64encode(picture).decode() for index, picture in pictures.items()}
 
 
 def _line(name: str, data: dict[str, Any], event_id: str = "") -> str:

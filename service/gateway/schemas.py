@@ -250,7 +250,7 @@ class JobView(BaseModel):
     status: JobState
     created: str = Field(description="RFC 3339, UTC, by the clock of Redis.")
     deadline_ms: int = Field(description="Budget from `created`.")
-    position: int | None = Field(None, description="Jobs ahead in its rank of the queue, counted to 1,000.")
+    position: int | None = Field(None, description="Jobs ahead in its rank of the queue; 200: as many or more.")
     eta_s: float | None = Field(None, description="Seconds until it is taken, at the rate measured now.")
     progress: Progress | None = Field(None, description="Of a running job.")
     result: GenerateResponse | ClassifyResponse | None = Field(None, description="What the synchronous call answers.")

@@ -27,7 +27,6 @@ from service.errors import BadRequest, OfframpError
 from service.gateway.answers import short_receipt
 from service.gateway.outbound import TIMEOUT_S, Refused, checked_url, post
 from service.gateway.schemas import HookBody, HookData, job_state
-from service.gateway.state import Catalogue
 from service.metrics import GatewayMetrics
 
 TRIES = 8
@@ -62,10 +61,8 @@ def pause_s(tries: int) -> float:
 class Webhooks:
     """One gateway's sender; `async with` runs it. Idle without a secret."""
 
-    def __init__(
-        self, broker: Broker, catalogue: Catalogue, metrics: GatewayMetrics, settings: Settings, poll_s: float = 1.0
-    ) -> None:
-        self._broker, self._catalogue, self._metrics, self._poll_s = broker, catalogue, metrics, poll_s
+    def __init__(self, broker: Broker, metrics: GatewayMetrics, settings: Settings, poll_s: float = 1.0) -> None:
+        self._broker, self._metrics, self._poll_s = broker, metrics, poll_s
         self._secret, self._private = settings.webhook_secret, settings.webhook_private
         self._calls: set[asyncio.Task[None]] = set()
         self._runner: asyncio.Task[None] | None = None
@@ -90,7 +87,7 @@ class Webhooks:
     async def _run(self) -> None:
         while not self._stopping:
             try:
-                for model in await self._catalogue.infos():
+                for model in await self._broker.models():
                     await self._take(model)
             except (OfframpError, RedisError) as error:
                 log.debug("webhooks wait: %s", error)

@@ -21,6 +21,7 @@ from service.worker.quarantine import Quarantine
 from service.worker.results import told
 
 WAIT_MS = 1000
+RECLAIM_S = 1.0
 log = logging.getLogger(__name__)
 
 
@@ -60,6 +61,7 @@ class Lane:
         self._put_down_one = asyncio.Event()
         self._ticks_seen, self._was_busy = -1, False
         self._free_seen, self._alone_in_hand = 0, False
+        self._reclaim_at = 0.0
         self._answering = Answering(self.model, broker, worker, settings, metrics)
 
     def drain(self) -> None:
@@ -106,7 +108,8 @@ class Lane:
         """Take what fits, then wait for room or for more."""
         if not self.ready:
             await self._open()
-        settings = self._settings
+        settings, now = self._settings, time.monotonic()
+        reclaim = now >= self._reclaim_at
         taken = await self._broker.take(
             self.model,
             self._worker,
@@ -115,7 +118,10 @@ class Lane:
             int(settings.lease_s * 1000),
             settings.max_deliveries,
             settings.result_ttl_s,
+            reclaim,
         )
+        if reclaim and not taken.lapsed:
+            self._reclaim_at = now + RECLAIM_S
         for delivery in taken.deliveries:
             self._receive(delivery)
             self._free_seen = max(0, self._free_seen - delivery.job.work.rows)
@@ -141,7 +147,7 @@ class Lane:
         await self._broker.check()
         await self._broker.ensure(self.model)
         await self._renew()
-        self.ready = True
+        self.ready, self._reclaim_at = True, 0.0
 
     def _receive(self, delivery: Delivery) -> None:
         if earlier := self.hand.get(delivery.entry):

@@ -15,6 +15,8 @@ from service.metrics import WorkerMetrics
 from service.protocol import EncodedImage, Failure, GenerateJob, Prediction, Result, encode
 from service.worker.engine import Finished, Progress
 
+PREVIEW_BYTES = 256 * 1024
+
 
 def encode_image(pixels: Any, format: str) -> bytes:
     """Encode uint8 (H, W, C), C 1 or 3, as png, webp (lossless) or npy; ValueError on anything else."""
@@ -67,8 +69,12 @@ def failed_result(done: Finished, worker: str, message: str) -> Result:
 
 def told(progress: Progress) -> tuple[bytes, bytes]:
     """What followers are told of a running job: msgpack of how far it is, and of previews (png) by image; empty for
-    none."""
-    pictures = {index: encode_image(pixels, "png") for index, pixels in progress.previews.items()}
+    none. Previews that would take more than `PREVIEW_BYTES` in all are left out."""
+    pictures: dict[int, bytes] = {}
+    for index, pixels in progress.previews.items():
+        picture = encode_image(pixels, "png")
+        if sum(map(len, pictures.values())) + len(picture) <= PREVIEW_BYTES:
+            pictures[index] = picture
     return encode({"done": progress.done, "of": progress.of}), encode(pictures) if pictures else b""
 
 

@@ -79,7 +79,7 @@ def test_ls_is_a_table_over_all_models(dlq, buried):
     assert head.split() == ["id", "model", "age", "attempts", "worker", "error"]
     cells = [line.split(None, 5) for line in lines]
     assert [(line[1], line[0]) for line in cells] == buried
-    assert [line[3:] for line in cells] == [["1", "w1", "the worker went away"]] * 3
+    assert [line[3:] for line in cells] == [["1", "w1", "worker w1 went silent in delivery 1"]] * 3
     assert all(line[2].endswith("s") for line in cells)
 
 
@@ -103,6 +103,7 @@ def test_show_tells_the_work_but_not_its_bytes(dlq, buried):
         "7",
     )
     assert (told["work.images"], told["work.method"]) == ("<1 bytes>, <1 bytes>", "single")
+    assert told["error"] == "worker w1 went silent in delivery 1"
     assert told["died"].endswith("Z")
 
 

@@ -3,6 +3,7 @@
 local P = KEYS[1]
 local GROUP = 'workers'
 local RANKS = {'high', 'normal', 'low'}
+local RELEASED = 86400000  -- idle time, ms, that a lease starts from when it is handed back
 local WEIGHTS = {high = 8, normal = 4, low = 1}
 
 local function now_ms()
@@ -47,6 +48,7 @@ local function close(rank, entry, map, outcome, result, ttl)
   local queue, job, back = P .. 'q:' .. rank, P .. 'job:' .. map.id, 0 - map.cost  -- servers refuse -0
   redis.call('XACK', queue, GROUP, entry)
   redis.call('XDEL', queue, entry)
+  redis.call('ZREM', P .. 'due', rank .. ':' .. entry)
   redis.call('HINCRBY', P .. 'backlog', rank, back)
   redis.call('HINCRBY', P .. 'ledger', outcome, 1)
   if map.owner and redis.call('HINCRBY', P .. 'owed', map.owner, back) <= 0 then
@@ -59,7 +61,7 @@ local function close(rank, entry, map, outcome, result, ttl)
     redis.call('EXPIRE', job, ttl)
   end
   redis.call('SET', P .. 'res:' .. map.id, result, 'EX', ttl, 'NX')
-  redis.call('DEL', P .. 'ck:' .. map.id)
+  redis.call('DEL', P .. 'ck:' .. map.id, P .. 'pv:' .. map.id)
   if map.events then
     tell(map.id, 'completed', outcome)
     redis.call('EXPIRE', P .. 'ev:' .. map.id, ttl)

@@ -8,6 +8,6 @@ local held = redis.pcall('XPENDING', queue, GROUP, entry, entry, 1, ARGV[1])[1]
 local attempt, state = unpack(redis.call('HMGET', job, 'attempt', 'state'))
 if not held or attempt ~= ARGV[3] then return 0 end
 if state == 'queued' then return 1 end
-redis.call('XCLAIM', queue, GROUP, ARGV[1], 0, entry, 'IDLE', 86400000, 'RETRYCOUNT', math.max(0, held[4] - 1), 'JUSTID')
+redis.call('XCLAIM', queue, GROUP, ARGV[1], 0, entry, 'IDLE', RELEASED, 'RETRYCOUNT', math.max(0, held[4] - 1), 'JUSTID')
 redis.call('HSET', job, 'state', 'queued')
 return 1

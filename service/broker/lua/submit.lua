@@ -53,6 +53,7 @@ end
 local handle = rank .. ':' .. redis.call('XADD', P .. 'q:' .. rank, '*', unpack(fields))
 redis.call('HSET', job, 'state', 'queued', 'payload', payload, 'entry', handle, 'reply', reply, 'owner', owner,
   'submitted_ms', now, 'deadline_ms', now + budget)
+redis.call('ZADD', P .. 'due', now + budget, handle)
 redis.call('HINCRBY', P .. 'ledger', 'accepted', 1)
 redis.call('HINCRBY', P .. 'backlog', rank, cost)
 if owner ~= '' then redis.call('HINCRBY', P .. 'owed', owner, cost) end

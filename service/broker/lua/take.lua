@@ -2,12 +2,16 @@
 -- (start-time fair queueing by cost, Goyal et al., SIGCOMM 1996). Stops at the first job that does not fit, without
 -- claiming it. A job larger than the pool, or one that may have killed its workers, needs an empty pool for itself.
 -- Jobs whose deadline passed, or that were delivered too often, end here.
--- ARGV worker free capacity lease_ms token max_deliveries ttl_s
--- Returns {full, cursors, {job ...}, {id, outcome, gateways ...}}.
+-- A lapsed job that runs alone lets others pass until it was idle for PATIENCE leases: the fleet does not drain for it.
+-- ARGV worker free capacity lease_ms token max_deliveries ttl_s reclaim
+-- `reclaim` is 0 to leave leases that ran out alone: to find them, the server reads all that are held.
+-- Returns {full, cursors, {job ...}, {id, outcome, gateways ...}}; full is 2 when it is a lapsed job that does not fit.
 local worker, token = ARGV[1], ARGV[5]
 local free, capacity, lease = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local most, ttl = tonumber(ARGV[6]), ARGV[7]
+local most, ttl, reclaim = tonumber(ARGV[6]), ARGV[7], ARGV[8] == '1'
 local SOLO = 2  -- deliveries beyond which a job runs alone
+local PATIENCE = 3
+local PASSED = 10  -- lapsed jobs that are passed by in one call
 local ENDED = 100  -- jobs that end in one call: the server must not be kept from others
 local now = now_ms()
 local taken, ended, full = {}, {}, 0
@@ -31,15 +35,19 @@ local function bury(rank, entry, map, body, deliveries)
     'cost', map.cost, 'owner', map.owner or '', 'attempts', deliveries - 1, 'worker', body.worker or '',
     'error', why, 'submitted_ms', body.submitted_ms, 'dead_ms', now)
   over(rank, entry, map, 'dead', failure(map.id, 'dead', 'job_failed',
-    'given up after ' .. (deliveries - 1) .. ' deliveries: ' .. why, false))
+    'given up after ' .. (deliveries - 1) .. ' deliveries: the worker went away', false))
 end
 
--- False when the job ended instead.
-local function hand_out(rank, entry, map, deliveries)
+-- `silent` is the worker whose lease ran out. False when the job ended instead.
+local function hand_out(rank, entry, map, deliveries, silent)
   local job = P .. 'job:' .. map.id
-  local names = {'payload', 'submitted_ms', 'deadline_ms', 'error', 'worker', 'done'}
+  local names = {'payload', 'submitted_ms', 'deadline_ms', 'error', 'worker', 'done', 'state'}
   local body = {}
   for i, value in ipairs(redis.call('HMGET', job, unpack(names))) do body[names[i]] = value or nil end
+  if silent and body.state == 'running' then
+    body.error = 'worker ' .. string.sub(silent, 1, 100) .. ' went silent in delivery ' .. (deliveries - 1)
+    redis.call('HSET', job, 'error', body.error)
+  end
   if not body.payload then
     over(rank, entry, map, 'failed', failure(map.id, 'failed', 'job_failed', 'the job was lost by the store', true))
     return false
@@ -71,8 +79,8 @@ for _, rank in ipairs(RANKS) do
 end
 
 for _, rank in ipairs(RANKS) do
-  local queue, from = P .. 'q:' .. rank, '-'
-  while lengths[rank] > 0 and free > 0 and full == 0 and #ended < ENDED do
+  local queue, from, passed = P .. 'q:' .. rank, '-', 0
+  while reclaim and passed < PASSED and lengths[rank] > 0 and free > 0 and full == 0 and #ended < ENDED do
     local idle = redis.call('XPENDING', queue, GROUP, 'IDLE', lease, from, '+', 1)[1]
     if not idle then break end
     local entry, deliveries = idle[1], idle[4] + 1
@@ -80,10 +88,10 @@ for _, rank in ipairs(RANKS) do
     if not map then
       redis.call('XACK', queue, GROUP, entry)
     elseif waits(map, deliveries) then
-      full = 1
+      if deliveries > SOLO and idle[3] % RELEASED < PATIENCE * lease then passed = passed + 1 else full = 2 end
     else
       redis.call('XAUTOCLAIM', queue, GROUP, worker, lease, entry, 'COUNT', 1)
-      hand_out(rank, entry, map, deliveries)
+      hand_out(rank, entry, map, deliveries, idle[2])
     end
     from = '(' .. entry
   end

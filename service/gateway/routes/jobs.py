@@ -19,7 +19,7 @@ from service.errors import JobOver, NotFound, OfframpError, Unavailable
 from service.gateway.admission import succeeded
 from service.gateway.answers import PICTURES, answer, offers_of, picture
 from service.gateway.auth import caller
-from service.gateway.following import follow
+from service.gateway.following import Crowd, follow
 from service.gateway.negotiation import choose
 from service.gateway.routes.deps import Shared
 from service.gateway.schemas import ClassifyResponse, GenerateResponse, JobView, Progress, job_state, problem_of
@@ -41,7 +41,7 @@ router = APIRouter()
 
 async def accepted(request: Request, gateway: Gateway, job_id: str) -> Response:
     """202 with the job as it stands and where to ask for it."""
-    status = await gateway.broker.status(model_of(job_id), job_id)
+    status = await gateway.broker.status(model_of(job_id), job_id, place=True)
     if status is None:
         raise Unavailable("the store has lost the job: send the request again")
     headers = {"Location": f"/jobs/{job_id}", "Preference-Applied": "respond-async", **_retry_after(status)}
@@ -101,7 +101,9 @@ async def events(
 ) -> Response:
     """What happens to a job, as server-sent events: queued, started, progress, preview, completed."""
     await _mine(gateway, who, job_id)
-    story = follow(gateway, job_id, last or after, request.app.state.leaving)
+    crowd: Crowd = request.app.state.crowd
+    crowd.admit(who)
+    story = follow(gateway, crowd, who, job_id, last or after, request.app.state.leaving)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(story, media_type="text/event-stream", headers=headers)
 
@@ -117,9 +119,9 @@ async def cancel(job_id: JobId, request: Request, gateway: Shared, who: Who) -> 
     return _sent(await _view(request, gateway, status), 200)
 
 
-async def _mine(gateway: Gateway, who: Caller, job_id: str) -> JobStatus:
+async def _mine(gateway: Gateway, who: Caller, job_id: str, place: bool = False) -> JobStatus:
     """A job that the caller asked for; NotFound for any other."""
-    status = await gateway.broker.status(model_of(job_id), job_id) if _ID.fullmatch(job_id) else None
+    status = await gateway.broker.status(model_of(job_id), job_id, place) if _ID.fullmatch(job_id) else None
     if status is None or status.owner != who.id:
         raise NotFound(f"no job {job_id!r}, or it ended more than OFFRAMP_RESULT_TTL_S ago", field="job_id")
     return status
@@ -129,11 +131,15 @@ async def _settled(
     request: Request, gateway: Gateway, who: Caller, job_id: str, wait_s: float, known: str | None = None
 ) -> JobStatus:
     """The job once it is over or differs from what is `known` of it, or after `wait_s`, or when nobody listens."""
+    if not wait_s:
+        return await _mine(gateway, who, job_id, place=True)
+    crowd: Crowd = request.app.state.crowd
+    crowd.admit(who)
     end = time.monotonic() + wait_s
-    with gateway.replies.expect(job_id) as waiter:
+    with crowd.joined(who), gateway.replies.expect(job_id) as waiter:
         while True:
-            status = await _mine(gateway, who, job_id)
             left = end - time.monotonic()
+            status = await _mine(gateway, who, job_id, place=left <= 0)
             if status.over or left <= 0 or (known and known != _tag(status)):
                 return status
             if request.app.state.leaving() or await request.is_disconnected():
@@ -173,8 +179,8 @@ async def _answer(gateway: Gateway, found: Result) -> GenerateResponse | Classif
 
 
 def _tag(status: JobStatus) -> str:
-    """Changes when there is something new to say, the estimate of time aside."""
-    return f'W/"{status.state}.{status.position}.{status.done}.{status.submitted_ms}"'
+    """Changes when there is something new to say, the estimates of place and time aside."""
+    return f'W/"{status.state}.{status.done}.{status.submitted_ms}"'
 
 
 def _retry_after(status: JobStatus) -> dict[str, str]:

@@ -88,6 +88,25 @@ async def test_a_lease_that_runs_out_is_redelivered_first_and_not_before(broker,
     assert (again.job.id, again.deliveries) == (first.id, 2)
 
 
+async def test_lapsed_leases_are_looked_for_only_when_asked(broker, model):
+    [first] = await put(broker, model, 4)
+    await broker.take(model, "w", 4, 4, LONG)
+    [second] = await put(broker, model, 1)
+    await asyncio.sleep(0.01)
+    taken = await broker.take(model, "v", 2, 4, 1)
+    assert (taken.deliveries, taken.full, taken.lapsed) == ([], True, True)
+    taken = await broker.take(model, "v", 2, 4, 1, reclaim=False)
+    assert [d.job.id for d in taken.deliveries] == [second.id]
+    assert [d.job.id for d in (await broker.take(model, "v", 4, 4, LONG, reclaim=False)).deliveries] == []
+    assert [d.job.id for d in (await broker.take(model, "v", 4, 4, 1)).deliveries] == [first.id]
+
+
+async def test_what_waits_for_its_turn_is_full_but_not_lapsed(broker, model):
+    await put(broker, model, 3)
+    taken = await broker.take(model, "w", 2, 4, LONG)
+    assert (taken.full, taken.lapsed) == (True, False)
+
+
 async def test_heartbeat_keeps_a_lease_and_never_steals_one_back(broker, model):
     await put(broker, model, 1)
     [mine] = (await broker.take(model, "w", 1, 4, SHORT)).deliveries

@@ -82,6 +82,48 @@ async def test_when_all_has_ended_only_the_books_remain(broker, model, server_ur
         assert set(await redis.hvals(keys.backlog(model))) == {b"0"}
 
 
+async def test_without_a_worker_a_gateway_ends_what_is_overdue(broker, model):
+    terms = {"owner": "k", "events": True, "webhook": "https://x/", "reply_to": "g1"}
+    silent = await put(broker, model, deadline_ms=400, priority="low", **terms)
+    await take_one(broker, model)
+    handed_back = await put(broker, model, deadline_ms=400)
+    await broker.release(model, "w", await take_one(broker, model))
+    held = await put(broker, model, deadline_ms=400)
+    [holding] = (await broker.take(model, "v", 1, 4, LONG, reclaim=False)).deliveries
+    young = await put(broker, model)
+    overdue = [await put(broker, model, deadline_ms=1, priority=rank, **terms) for rank in keys.RANKS]
+    await asyncio.sleep(0.5)
+
+    assert await broker.expire(model, LONG, TTL_S, grace_ms=LONG) == []
+    ended = await broker.expire(model, LONG, TTL_S, grace_ms=0)
+    assert set(ended) == {one.id for one in (handed_back, *overdue)}
+    await broker.heartbeat(model, "v", [holding.entry])
+    assert await broker.expire(model, 400, TTL_S, grace_ms=0) == [silent.id]
+    assert await broker.expire(model, 400, TTL_S, grace_ms=0) == []
+
+    assert {(await broker.result(model, name)).outcome for name in (*ended, silent.id)} == {"expired"}
+    assert (await broker.queue_stats(model)).ledger == {"accepted": 7, "expired": 5}
+    assert await books(broker, model) == (0, 20)
+    wakes, _ = await broker.replies("g1", "0")
+    assert {name for name, _ in wakes} >= {one.id for one in (silent, *overdue)}
+    assert [event.name for event in await broker.events(model, silent.id)][-1] == "completed"
+    assert {hook.id for hook in await broker.due_hooks(model, LONG)} == {one.id for one in (silent, *overdue)}
+    assert (await broker.finish(model, holding, ok(holding), TTL_S)) is not None
+    assert (await take_one(broker, model)).job.id == young.id
+    assert held.id == holding.job.id
+
+
+async def test_what_is_overdue_ends_in_portions_even_behind_what_runs(broker, model, server_url):
+    for _ in range(230):
+        await put(broker, model, cost=1, deadline_ms=1)
+    async with Redis.from_url(server_url) as redis:
+        await redis.xreadgroup(keys.GROUP, "w", {keys.queue(model): ">"}, 110)  # as if taken before their deadlines
+    await asyncio.sleep(1.0)
+    sizes = [len(await broker.expire(model, LONG, TTL_S, grace_ms=900)) for _ in range(4)]
+    assert sizes == [0, 90, 30, 0]
+    assert (await books(broker, model))[0] == 0
+
+
 async def test_delivered_too_often_it_becomes_a_dead_letter(broker, model):
     sent = await put(broker, model, 2, 30, priority="high", owner="k", reply_to="g1")
     assert (await take_one(broker, model, "w1", max_deliveries=2)).deliveries == 1
@@ -92,7 +134,7 @@ async def test_delivered_too_often_it_becomes_a_dead_letter(broker, model):
     [letter] = [letter async for letter in broker.letters(model)]
     assert letter == await broker.letter(model, sent.id)
     assert (letter.id, letter.rank, letter.rows, letter.cost, letter.owner) == (sent.id, "high", 2, 30, "k")
-    assert (letter.attempts, letter.worker, letter.error) == (2, "w2", "the worker went away")
+    assert (letter.attempts, letter.worker, letter.error) == (2, "w2", "worker w2 went silent in delivery 2")
     assert letter.submitted_ms <= letter.dead_ms
     assert letter.job("new").work == sent.work
     failure = (await broker.result(model, sent.id)).failure
@@ -122,6 +164,40 @@ async def test_a_job_that_may_kill_runs_alone(broker, model):
     alone = await broker.take(model, "w", 4, 4, 0)
     assert [(d.job.id, d.deliveries, d.solo) for d in alone.deliveries] == [(killer.id, 3, True)]
     assert (await take_one(broker, model, "v")).job.id == late.id
+
+
+async def test_the_fleet_does_not_drain_for_a_suspect_at_once(broker, model, server_url):
+    """A lapsed job that has to run alone is passed by until it was idle for three leases."""
+    await put(broker, model)
+    for _ in range(3):
+        suspect = await take_one(broker, model, lease_ms=0)
+    _, _, entry = suspect.entry.partition(":")
+
+    async def idle_for(ms):
+        async with Redis.from_url(server_url) as redis:
+            await redis.xclaim(keys.queue(model), keys.GROUP, "w", 0, [entry], idle=ms, justid=True)
+        taken = await broker.take(model, "v", 2, 4, 10_000)
+        return [d.job.id for d in taken.deliveries], taken.full, taken.lapsed
+
+    late = [await put(broker, model), await put(broker, model)]
+    assert await idle_for(20_000) == ([one.id for one in late], False, False)
+    late = await put(broker, model)
+    assert await idle_for(31_000) == ([], True, True)
+    assert await broker.release(model, "w", suspect)  # freed just now
+    assert [d.job.id for d in (await broker.take(model, "v", 2, 4, 10_000)).deliveries] == [late.id]
+
+
+async def test_suspects_that_are_passed_by_hide_nothing_that_fits(broker, model):
+    """Not even when the server reads past many of them in one call; one that is free runs the first of them."""
+    suspects = [await put(broker, model) for _ in range(15)]
+    for _ in range(2):
+        await broker.take(model, "w", 16, 16, 0)
+    late = await put(broker, model)
+    await asyncio.sleep(0.01)
+    taken = await broker.take(model, "v", 3, 4, 5_000)
+    assert [d.job.id for d in taken.deliveries] == [late.id]
+    [alone] = (await broker.take(model, "v", 4, 4, 1)).deliveries
+    assert (alone.solo, alone.job.id) == (True, suspects[0].id)
 
 
 @pytest.mark.parametrize("end", ["deadline", "deliveries"])
@@ -219,7 +295,7 @@ async def test_the_status_of_a_queued_job_survives_a_deleted_stream(broker, mode
     sent = await put(broker, model)
     async with Redis.from_url(server_url) as redis:
         await redis.delete(keys.queue(model))
-    assert (await broker.status(model, sent.id)).position == 0
+    assert (await broker.status(model, sent.id, place=True)).position == 0
 
 
 async def test_workers_go_on_after_everything_was_flushed(broker, model, server_url):

@@ -30,10 +30,11 @@ async def test_status_tells_place_and_wait(broker, model):
     first, second = await put(broker, model, cost=10), await put(broker, model, cost=20, owner="k", deadline_ms=9000)
     await put(broker, model, cost=99, priority="low")
     assert (await broker.status(model, running.id)).state == "running"
-    assert (await broker.status(model, running.id)).position is None
-    status = await broker.status(model, first.id)
+    assert (await broker.status(model, running.id, place=True)).position is None
+    assert (await broker.status(model, first.id)).position is None
+    status = await broker.status(model, first.id, place=True)
     assert (status.state, status.position, status.eta_s, status.over) == ("queued", 0, 0, False)
-    status = await broker.status(model, second.id)
+    status = await broker.status(model, second.id, place=True)
     assert (status.position, status.eta_s, status.owner) == (1, 2.0, "k")
     assert status.deadline_ms - status.submitted_ms == 9000
     assert await broker.status(model, "unheard-of") is None
@@ -42,8 +43,16 @@ async def test_status_tells_place_and_wait(broker, model):
 async def test_no_worker_no_estimate(broker, model):
     await put(broker, model)
     sent = await put(broker, model)
-    status = await broker.status(model, sent.id)
+    status = await broker.status(model, sent.id, place=True)
     assert (status.position, status.eta_s) == (1, None)
+
+
+async def test_places_are_counted_to_two_hundred(broker, model):
+    await serve_at(broker, model, 100.0)
+    for _ in range(220):
+        sent = await put(broker, model, cost=1)
+    status = await broker.status(model, sent.id, place=True)
+    assert (status.position, status.eta_s) == (200, 2.0)
 
 
 async def test_without_a_live_worker_a_job_is_refused(broker, model, server_url):
@@ -190,7 +199,7 @@ async def test_events_tell_the_story_in_order(broker, model):
         ("queued", b""),
         ("started", b""),
         ("progress", b'{"done": 1}'),
-        ("preview", b"\x89PNG"),
+        ("preview", b""),
         ("started", b""),
         ("progress", b'{"done": 2}'),
         ("completed", b"ok"),
@@ -199,13 +208,27 @@ async def test_events_tell_the_story_in_order(broker, model):
     assert await broker.events(model, sent.id, story[-1].id, 1) == []
 
 
+async def test_of_previews_only_the_newest_is_kept_and_only_until_the_end(broker, model, server_url):
+    sent = await put(broker, model, events=True)
+    delivery = await take_one(broker, model)
+    assert await broker.preview(model, sent.id) == b""
+    for i in range(50):
+        await broker.checkpoint(model, delivery, {}, i, 50, TTL_S, b"p", bytes([i]) * 100_000)
+    assert await broker.preview(model, sent.id) == bytes([49]) * 100_000
+    async with Redis.from_url(server_url) as redis:
+        assert await redis.memory_usage(keys.events(model, sent.id), samples=0) < 50_000
+        assert 0 < await redis.ttl(keys.preview(model, sent.id)) <= TTL_S
+        await broker.finish(model, delivery, ok(delivery), TTL_S)
+        assert not await redis.exists(keys.preview(model, sent.id))
+
+
 async def test_a_job_that_nobody_follows_leaves_no_events(broker, model, server_url):
     await put(broker, model)
     delivery = await take_one(broker, model)
     assert not delivery.events
     await broker.checkpoint(model, delivery, {}, 1, 4, TTL_S, b"progress", b"preview")
     async with Redis.from_url(server_url) as redis:
-        assert not await redis.exists(keys.events(model, delivery.job.id))
+        assert not await redis.exists(keys.events(model, delivery.job.id), keys.preview(model, delivery.job.id))
 
 
 async def test_followers_hear_of_news_while_they_wait(broker, model):

@@ -205,6 +205,14 @@ class Protocol(RuleBasedStateMachine):
         if done:
             self.ended(known, "cancelled")
 
+    @rule(lost=st.booleans())
+    def expire(self, lost: bool) -> None:
+        """A gateway looks for what is overdue."""
+        over = self.do(self.broker.expire(self.model, 0 if lost else LONG, TTL_S, 0))
+        assert sorted(over) == sorted(one.job.id for one in self.open() if one.doomed)
+        for name in over:
+            self.ended(self.jobs[name], "expired")
+
     # what holds
 
     @invariant()

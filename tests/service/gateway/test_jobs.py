@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 
 from service.broker.letters import new_id
 from service.broker.redis_streams import Broker
+from service.gateway import following
 from service.keys import digest, new_key
 from service.protocol import Terms
 from tests.service.broker.jobs import job
@@ -140,6 +141,50 @@ async def test_a_queued_job_knows_its_place(redis: Redis, valkey_url: str) -> No
         ids = [(await http.post("/generate", json={}, headers=ASYNC)).json()["id"] for _ in range(3)]
         views = [(await http.get(f"/jobs/{job_id}")).json() for job_id in ids]
     assert [view["position"] for view in views] == [0, 1, 2]
+
+
+async def test_a_poll_is_not_answered_for_a_place_in_the_queue(redis: Redis, valkey_url: str) -> None:
+    async with Worker(valkey_url, silent):
+        pass
+    async with client(valkey_url) as http:
+        ids = [(await http.post("/generate", json={}, headers=ASYNC)).json()["id"] for _ in range(2)]
+        first = await http.get(f"/jobs/{ids[1]}")
+        known = {"If-None-Match": first.headers["ETag"]}
+        waiting = asyncio.create_task(http.get(f"/jobs/{ids[1]}", headers=known, params={"wait": 2}))
+        await asyncio.sleep(0.2)
+        await http.delete(f"/jobs/{ids[0]}")
+        await asyncio.sleep(0.8)
+        assert not waiting.done()
+        assert (await waiting).status_code == 304
+        last = await http.get(f"/jobs/{ids[1]}/result", params={"wait": 0.1})
+        assert (last.status_code, last.json()["position"]) == (202, 0)
+
+
+async def test_waiting_requests_of_a_key_are_limited(
+    held: Held, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "MOST", 2)
+    mine, other = new_key(), new_key()
+    known = f"mine:{digest(mine).hex()},other:{digest(other).hex()}"
+    with gateway(valkey_url, api_keys=known) as base:
+        async with httpx.AsyncClient(base_url=base, trust_env=False, timeout=30) as http:
+            me, you = {"X-API-Key": mine}, {"X-API-Key": other}
+            url = "/jobs/" + (await http.post("/generate", json={}, headers=ASYNC | me)).json()["id"]
+            yours = "/jobs/" + (await http.post("/generate", json={}, headers=ASYNC | you)).json()["id"]
+            async with http.stream("GET", f"{url}/events", headers=me) as story:
+                await anext(story.aiter_lines())
+                poll = asyncio.create_task(http.get(f"{url}/result", params={"wait": 20}, headers=me))
+                await asyncio.sleep(0.3)
+                for last in ("/events", "?wait=1", "/result?wait=1"):
+                    refused = await http.get(url + last, headers=me)
+                    assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
+                    assert int(refused.headers["Retry-After"]) > 0
+                assert (await http.get(url, headers=me)).status_code == 200
+                assert (await http.get(f"{yours}?wait=0.1", headers=you)).status_code == 200
+                await held.finish(await held.taken.get())
+                assert (await poll).status_code == 200
+            assert (await http.get(f"{url}/events", headers=me)).status_code == 200
+            assert (await http.get(f"{url}/events", headers=me)).status_code == 200
 
 
 async def test_a_tag_spares_the_body_and_a_poll_waits_for_news(held: Held, held_http: httpx.AsyncClient) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from typing import Any
@@ -58,6 +58,22 @@ async def test_a_job_tells_its_story(held: Held, held_http: httpx.AsyncClient) -
     await held.finish(delivery)
     rest = [event async for event in story]
     assert [event[1:] for event in rest] == [("completed", {"status": "succeeded"})]
+
+
+async def test_of_previews_the_newest_is_told(held: Held, held_http: httpx.AsyncClient) -> None:
+    job_id = await asked(held_http)
+    delivery = await held.taken.get()
+    for i in range(3):
+        told = {"progress": encode({"done": i, "of": 5}), "preview": encode({0: bytes([i])})}
+        await held.broker.checkpoint("drawer", delivery, {}, i, 5, 60, **told)
+    story = listen(held_http, job_id)
+    heard = [(await anext(story))[1:] for _ in range(6)]
+    assert [name for name, _ in heard] == ["queued", "started", "progress", "progress", "progress", "preview"]
+    assert heard[-1] == ("preview", {"0": b64encode(bytes([2])).decode()})
+    await held.finish(delivery)
+    assert [name async for _, name, _ in story] == ["completed"]
+    whole = [name async for _, name, _ in listen(held_http, job_id)]
+    assert whole == ["queued", "started", "progress", "progress", "progress", "completed"]
 
 
 @pytest.mark.parametrize("by_header", [True, False])

@@ -23,6 +23,7 @@ from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.metrics import WorkerMetrics
 from service.protocol import Job, Result, Terms
+from service.worker import lane as lane_module
 from service.worker.engine import Engine
 from service.worker.io import WorkerIO
 from service.worker.lane import Lane
@@ -287,6 +288,34 @@ async def test_heartbeat_keeps_the_lease_of_an_engine_that_ticks(broker: Broker,
             await asyncio.sleep(0.02)
         assert worker.lane.hand
     await other.aclose()
+
+
+async def test_lapsed_leases_are_not_looked_for_at_every_take(
+    broker: Broker, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[bool] = []
+    real = broker.take
+
+    async def take(*args: Any) -> Any:
+        looked.append(args[-1])
+        return await real(*args)
+
+    monkeypatch.setattr(broker, "take", take)
+    monkeypatch.setattr(lane_module, "RECLAIM_S", 1000.0)
+    async with hand_cranked(broker, ToyGenerate(model), lease_s=100.0) as worker:
+        for held in range(1, 4):
+            await submit(broker, draw(steps=1000, model=model))
+            await until("taken", lambda held=held: _holds(worker, held))  # type: ignore[misc]
+        worker.lane.ready = False  # as after an outage
+        await submit(broker, draw(steps=1000, model=model))
+        await until("taken", lambda: _holds(worker, 4))
+    assert looked[0]
+    assert looked.count(True) == 2
+    assert looked.count(False) >= 2
+
+
+async def _holds(worker: SimpleNamespace, jobs: int) -> bool:
+    return len(worker.lane.hand) == jobs
 
 
 async def test_result_is_written_in_npy_as_asked(broker: Broker, valkey_url: str, model: str) -> None:

@@ -13,7 +13,8 @@ from models.api import ClassifiedRow, GeneratedRow
 from service.metrics import WorkerMetrics
 from service.protocol import Result, decode, encode
 from service.worker.engine import Finished
-from service.worker.results import encode_image, record, to_result
+from service.worker.progress import Progress
+from service.worker.results import PREVIEW_BYTES, encode_image, record, to_result, told
 from tests.service.worker.toy import ToyClassify, ToyGenerate
 from tests.service.worker.work import delivery, draw, judge
 
@@ -88,3 +89,14 @@ def test_images_larger_than_a_result_may_be_are_a_failure_that_names_the_setting
     assert (result.outcome, result.images) == ("failed", ())
     assert result.failure is not None
     assert "OFFRAMP_MAX_RESULT_BYTES" in result.failure.message
+
+
+def test_previews_are_told_up_to_a_size_in_all() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)  # does not compress: 192 KiB
+    flat = np.zeros((256, 256, 3), np.uint8)
+    _, raw = told(Progress(delivery(draw()), 1, 2, previews={0: flat, 1: noise, 2: noise, 3: flat}))
+    pictures = decode(dict[int, bytes], raw)
+    assert list(pictures) == [0, 1, 3]
+    assert sum(map(len, pictures.values())) <= PREVIEW_BYTES
+    huge = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
+    assert told(Progress(delivery(draw()), 1, 2, previews={0: huge}))[1] == b""
