@@ -172,7 +172,8 @@ async def test_waiting_requests_of_a_key_are_limited(
             url = "/jobs/" + (await http.post("/generate", json={}, headers=ASYNC | me)).json()["id"]
             yours = "/jobs/" + (await http.post("/generate", json={}, headers=ASYNC | you)).json()["id"]
             async with http.stream("GET", f"{url}/events", headers=me) as story:
-                await anext(story.aiter_lines())
+                lines = story.aiter_lines()  # kept: without it the stream is closed
+                await anext(lines)
                 poll = asyncio.create_task(http.get(f"{url}/result", params={"wait": 20}, headers=me))
                 await asyncio.sleep(0.3)
                 for last in ("/events", "?wait=1", "/result?wait=1"):
