@@ -142,20 +142,22 @@ class Jobs(Store):
     @reachable
     async def notify(self, wakes: Sequence[Wake]) -> None:
         """Wake the gateways that wait for jobs. Streams that nobody reads any more expire."""
-        now, told = time.monotonic(), [wake for wake in wakes if wake.gateways]
-        if not told:
-            return
-        renewed = set[str]()
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for wake in told:
-                inline = wake.result if len(wake.result) <= INLINE else b""
-                for gateway in wake.gateways:
-                    key = keys.reply(gateway)
-                    pipe.execute_command("XADD", key, "MAXLEN", "~", KEPT, "*", "id", wake.id, "result", inline)
-                    if now - self._expiring.get(gateway, -KEPT_S) > KEPT_S / 4:
-                        pipe.expire(key, KEPT_S)
-                        renewed.add(gateway)
-            await pipe.execute()
+        now, renewed, commands = time.monotonic(), set[str](), list[tuple[str | int | bytes, ...]]()
+        for wake in wakes:
+            inline = wake.result if len(wake.result) <= INLINE else b""
+            for gateway in wake.gateways:
+                key = keys.reply(gateway)
+                commands.append(("XADD", key, "MAXLEN", "~", KEPT, "*", "id", wake.id, "result", inline))
+                if gateway not in renewed and now - self._expiring.get(gateway, -KEPT_S) > KEPT_S / 4:
+                    commands.append(("EXPIRE", key, KEPT_S))
+                    renewed.add(gateway)
+        if len(commands) == 1:
+            await self._command(*commands[0])
+        elif commands:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for command in commands:
+                    pipe.execute_command(*command)
+                await pipe.execute()
         self._expiring |= dict.fromkeys(renewed, now)
 
     @reachable

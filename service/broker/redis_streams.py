@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -179,13 +180,14 @@ class Broker(Hooks):
         Jobs that are out of time, or were delivered `max_deliveries` times, end here; `ttl_s` keeps their results.
         """
         args = (worker, free_rows, capacity, lease_ms, self._token, max_deliveries, ttl_s, int(reclaim))
+        take = partial(self._script, "take", keys.prefix(model), *args, command=self._own(model))
         try:
-            full, cursors, rows, ended = await self._run("take", model, *args)
+            full, cursors, rows, ended = await take()
         except ResponseError as error:
             if "NOGROUP" not in str(error):
                 raise
             await self.ensure(model)
-            full, cursors, rows, ended = await self._run("take", model, *args)
+            full, cursors, rows, ended = await take()
         deliveries = [delivery for row in rows if (delivery := await self._open(model, row))]
         over = [
             (Wake(tuple(gateways.decode().split()), name.decode()), outcome.decode())

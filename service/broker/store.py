@@ -47,32 +47,32 @@ class Store:
         self._redis: Redis = connect(url)
         self._token = uuid4().hex[:8]
         self._command: Command = self._redis.execute_command
-        self._readers: dict[str, Redis] = {}
+        self._clients: dict[str, Redis] = {}
 
     async def _run(self, script: str, model: str, *args: str | int | bytes) -> Any:
         """One script on a model's slot."""
         return await self._script(script, keys.prefix(model), *args)
 
-    async def _script(self, script: str, key: str, *args: str | float | bytes) -> Any:
-        found = SCRIPTS[script]
+    async def _script(self, script: str, key: str, *args: str | float | bytes, command: Command | None = None) -> Any:
+        found, command = SCRIPTS[script], command or self._command
         try:
-            return await self._command("EVALSHA", found.sha, 1, key, *args)
+            return await command("EVALSHA", found.sha, 1, key, *args)
         except NoScriptError:
-            return await self._command("EVAL", found.text, 1, key, *args)
+            return await command("EVAL", found.text, 1, key, *args)
 
-    async def _read(self, reader: str, block_ms: int, count: int, streams: Mapping[str, str]) -> list[Entry]:
-        """Entries past the ids of `streams`, waiting up to `block_ms` (a second at most) for the first.
-
-        Each `reader` has a connection to itself and is one task's: a blocked read does not hold up the others, nor
-        does it go through the pool.
-        """
-        client = self._readers.get(reader)
+    def _own(self, task: str) -> Command:
+        """Commands of a task that has a connection to itself: one that blocks does not hold up the others, and no call
+        goes through the pool."""
+        client = self._clients.get(task)
         if client is None:
-            client = self._readers[reader] = self._redis.client()
+            client = self._clients[task] = self._redis.client()
+        return client.execute_command
+
+    async def _read(self, task: str, block_ms: int, count: int, streams: Mapping[str, str]) -> list[Entry]:
+        """Entries past the ids of `streams`, waiting up to `block_ms` (a second at most) for the first."""
         block = max(1, min(block_ms, BLOCK_MS))
-        command: Command = client.execute_command
-        found = await command("XREAD", "BLOCK", block, "COUNT", count, "STREAMS", *streams.keys(), *streams.values())
-        return entries(found)
+        names = ("STREAMS", *streams.keys(), *streams.values())
+        return entries(await self._own(task)("XREAD", "BLOCK", block, "COUNT", count, *names))
 
     @reachable
     async def check(self) -> None:
@@ -82,8 +82,8 @@ class Store:
 
     async def aclose(self) -> None:
         """Close every connection."""
-        for reader in self._readers.values():
-            await reader.aclose()
+        for client in self._clients.values():
+            await client.aclose()
         await self._redis.aclose()
 
     async def _live(self, model: str) -> list[bytes]:
