@@ -80,7 +80,18 @@ class GenerateParams:
     guidance_interval: tuple[float, float] | None = _spec(
         "Guide only at diffusion times u from the first to the second (0 is data, 1 is noise).", ge=0.0, le=1.0
     )
-    gear: str = _spec("Named point on the cost/quality curve; `auto` lets the service choose.", "auto", max_length=64)
+    gear: str = _spec(
+        "Named point on the cost/quality curve; `auto`: the best that the load allows, never below `floor`.",
+        "auto",
+        max_length=64,
+    )
+    floor: str | float | None = _spec(
+        "auto: the cheapest gear allowed, or the least class accuracy (of the model's card) that it may have.",
+        ge=0.0,
+        le=1.0,
+        max_length=64,
+    )
+    max_compute: float | None = _spec("auto: most layer evaluations, relative to `full`.", gt=0.0, le=1.0)
     deadline_ms: int | None = _spec(
         "Budget from arrival to answer, queueing included, milliseconds.", ge=1, le=3_600_000
     )
@@ -94,7 +105,10 @@ class ClassifyParams:
     """What POST /classify asks for, beside its images."""
 
     model: str | None = _spec("Name of a served classifier; the first advertised one if absent.", max_length=128)
-    method: MethodName | None = _spec("How to answer; the model's default if absent.")
+    method: MethodName | Literal["auto"] | None = _spec(
+        "How to answer; the model's default if absent. `auto`: `ensemble`, less of it where the load asks for that."
+    )
+    floor: MethodName | None = _spec("auto: the cheapest of ensemble, cascade, bridge and single that may answer.")
     top_k: int = _spec("Classes listed in `top_k`.", 3, ge=1, le=100)
     alpha: float | None = _spec(
         "Also give sets of classes that miss the right one at most this often, over images.", gt=0.0, lt=1.0
@@ -273,7 +287,10 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateWork:
-    """A resolved generate job: every choice made, nothing left to default."""
+    """A resolved generate job: every choice made, nothing left to default.
+
+    `ladder`: gears that the worker may change to under load, best first, `gear` the first; empty for a named gear.
+    """
 
     model: str
     labels: tuple[int, ...]
@@ -285,6 +302,7 @@ class GenerateWork:
     solver_options: SolverOptions = SolverOptions()
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     overrides: tuple[str, ...] = ()
+    ladder: tuple[str, ...] = ()
     format: ImageFormat = "png"
 
     @property
@@ -295,7 +313,10 @@ class GenerateWork:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyWork:
-    """A resolved classify job. `images` are raw uint8 HWC bytes of the model's image shape, `purify` draws of noise."""
+    """A resolved classify job. `images` are raw uint8 HWC bytes of the model's image shape, `purify` draws of noise.
+
+    `ladder`: rungs (service/ladders.py) that the worker may change to under load, best first; empty for a named method.
+    """
 
     model: str
     images: tuple[bytes, ...]
@@ -304,6 +325,7 @@ class ClassifyWork:
     alpha: float | None = None
     max_cost: float | None = None
     purify: int | None = None
+    ladder: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -403,6 +425,26 @@ class Task(Protocol[W_contra, R_co]):
     def preview(self, slots: Sequence[int]) -> Sequence[Any]:
         """What running rows look like by now: uint8 pixels (H, W, C), or None."""
 
+    def shift(self, work: W_contra, slots: Sequence[int]) -> None:
+        """Run what is left of running rows in the gear of `work`, which is else as they were admitted with; a task
+        whose rows cannot change goes on as it began."""
+
+
+def planned_blocks(
+    gear: Gear, steps: int, guidance: float, solver: str = "", interval: tuple[float, float] = (0.0, 1.0)
+) -> list[int]:
+    """Blocks x network rows of each evaluation of one image, with times u = 1 - i/steps whatever the grid.
+
+    Exact for grids that are uniform in u, an estimate for others; Heun evaluates twice but in its last step.
+    """
+    blocks = []
+    for i in range(steps):
+        u = 1.0 - i / steps
+        guided = guidance != 1.0 and interval[0] <= u <= interval[1]
+        calls = 2 if solver == "heun" and i < steps - 1 else 1
+        blocks += [gear.schedule.depth(u) * (2 if guided else 1)] * calls
+    return blocks
+
 
 def planned_layer_evals(
     gear: Gear,
@@ -412,17 +454,8 @@ def planned_layer_evals(
     solver: str = "",
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> int:
-    """Blocks x network rows that `rows` images will run, with times u = 1 - i/steps whatever the grid.
-
-    Exact for grids that are uniform in u, an estimate for others; Heun evaluates twice but in its last step.
-    """
-    per_image = 0
-    for i in range(steps):
-        u = 1.0 - i / steps
-        guided = guidance != 1.0 and interval[0] <= u <= interval[1]
-        calls = 2 if solver == "heun" and i < steps - 1 else 1
-        per_image += gear.schedule.depth(u) * calls * (2 if guided else 1)
-    return per_image * rows
+    """Blocks x network rows that `rows` images will run, as `planned_blocks` has it."""
+    return rows * sum(planned_blocks(gear, steps, guidance, solver, interval))
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,9 @@ class ClassifyTask:
         """Nothing was saved: ValueError."""
         raise ValueError(f"{self.info.name} saves no rows: admit them again")
 
+    def shift(self, work: ClassifyWork, slots: Sequence[int]) -> None:
+        """Rows go on as they began."""
+
     def preview(self, slots: Sequence[int]) -> Sequence[None]:
         """Nothing to see."""
         return [None] * len(slots)

@@ -182,6 +182,9 @@ class DrillTask:
         """It ran nothing, at the price of `single`."""
         return {"method": work.method, "cost_vs_single": 1.0}
 
+    def shift(self, work: ClassifyWork, slots: Sequence[int]) -> None:
+        """Rows go on as they began."""
+
     def preview(self, slots: Sequence[int]) -> Sequence[None]:
         """Nothing to see."""
         return [None] * len(slots)

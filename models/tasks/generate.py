@@ -115,6 +115,11 @@ class GenerateTask:
             self.decoding.forget(slots)
         return trajectory
 
+    def shift(self, work: GenerateWork, slots: Sequence[int]) -> None:
+        """Depths of the evaluations to come, by the schedule of the work's gear."""
+        trajectory = self.trajectory(work.solver, work.steps, work.solver_options)
+        self.pool.replan(slots, plan(self.gears[work.gear].schedule, trajectory.u))
+
     def _trajectory(self, solver: SolverName, steps: int, options: SolverOptions) -> Trajectory:
         made: Trajectory = resolve(SOLVERS, solver)(self.process, steps, options)
         return made

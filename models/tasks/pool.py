@@ -69,6 +69,12 @@ class RowPool:
         for slot, depths in zip(slots, ran, strict=True):
             self.ran[slot, : len(depths)], self.done[slot] = depths, len(depths)
 
+    def replan(self, slots: Sequence[int], depths: Sequence[int]) -> None:
+        """Blocks to run (evaluations,) from each row's next evaluation on."""
+        for slot in slots:
+            done, n = self.done[slot], self.evaluations[slot]
+            self.depth[slot, done:n] = depths[done:]
+
     def advance(self, rows: Ints, at: Ints, states: Tensor, ran: Ints) -> None:
         """Commit evaluation `at` (N,) of rows: states (len(STATES), N, C, H, W), blocks run."""
         self.states[:, self.on_device(rows)] = states

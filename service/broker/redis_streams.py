@@ -44,7 +44,8 @@ class Submitted:
 class Taken:
     """What a worker got; `full` when the next job did not fit; `cursors` are where `wait` goes on, one a rank.
 
-    `ended`: jobs that ended instead, with their outcomes; `lapsed` when what did not fit is a job whose lease ran out.
+    `ended`: jobs that ended instead, with their outcomes; `lapsed` when what did not fit is a job whose lease ran out;
+    `backlog`: cost queued and running; `asked`: cost ever asked for, refused work included; `workers`: live ones.
     """
 
     deliveries: list[Delivery]
@@ -52,6 +53,9 @@ class Taken:
     cursors: Sequence[str] = START
     ended: Sequence[tuple[Wake, Outcome]] = ()
     lapsed: bool = False
+    backlog: int = 0
+    asked: int = 0
+    workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -179,21 +183,21 @@ class Broker(Hooks):
         Without `reclaim` such leases are not looked for, which takes the server longer the more are held.
         Jobs that are out of time, or were delivered `max_deliveries` times, end here; `ttl_s` keeps their results.
         """
-        args = (worker, free_rows, capacity, lease_ms, self._token, max_deliveries, ttl_s, int(reclaim))
+        args = (worker, free_rows, capacity, lease_ms, self._token, max_deliveries, ttl_s, int(reclaim), ALIVE_MS)
         take = partial(self._script, "take", keys.prefix(model), *args, command=self._own(model))
         try:
-            full, cursors, rows, ended = await take()
+            full, cursors, rows, ended, seen = await take()
         except ResponseError as error:
             if "NOGROUP" not in str(error):
                 raise
             await self.ensure(model)
-            full, cursors, rows, ended = await take()
+            full, cursors, rows, ended, seen = await take()
         deliveries = [delivery for row in rows if (delivery := await self._open(model, row))]
         over = [
             (Wake(tuple(gateways.decode().split()), name.decode()), outcome.decode())
             for name, outcome, gateways in ended
         ]
-        return Taken(deliveries, bool(full), [cursor.decode() for cursor in cursors], over, full == 2)
+        return Taken(deliveries, bool(full), [cursor.decode() for cursor in cursors], over, full == 2, *seen)
 
     async def _open(self, model: str, row: Sequence[Any]) -> Delivery | None:
         """The delivery of a row of take.lua; a job that cannot be read ends here as failed."""

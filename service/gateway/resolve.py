@@ -22,8 +22,9 @@ from models.api import (
     SolverOptions,
 )
 from service.errors import BadRequest, NoWorker, UnknownName
+from service.gateway.ladder import AUTO, gears_for, methods_for
+from service.ladders import moved
 
-AUTO = "auto"
 _MASK = 2**64 - 1
 
 
@@ -46,7 +47,8 @@ def generate_work(params: GenerateParams, info: ModelInfo, image_format: ImageFo
     `overrides`. Image i has seed (seed + i) mod 2^53 and, where no label was asked for, the label
     that this seed hashes to: one image's label never depends on its neighbours.
     """
-    gear = pick_gear(info, params.gear)
+    ladder = gears_for(params, info)
+    gear = pick_gear(info, ladder[0] if ladder else params.gear)
     solver = pick_solver(info, params.solver or gear.solver)
     mine = gear.solver_options if solver == gear.solver else SolverOptions()
     asked: dict[str, Any] = {
@@ -66,6 +68,7 @@ def generate_work(params: GenerateParams, info: ModelInfo, image_format: ImageFo
         seeds=seeds,
         gear=gear.name,
         overrides=tuple(key for key, value in chosen.items() if value != getattr(gear, key)),
+        ladder=ladder,
         format=image_format,
         **chosen,
     )
@@ -73,14 +76,15 @@ def generate_work(params: GenerateParams, info: ModelInfo, image_format: ImageFo
 
 def classify_work(params: ClassifyParams, info: ModelInfo, images: Sequence[bytes]) -> ClassifyWork:
     """A classify job; `images` are already uint8 HWC bytes of the model's shape."""
-    method = default_method(params, info) if params.method is None else params.method
+    ladder = methods_for(params, info)
+    method = ladder[0].partition("@")[0] if ladder else params.method or default_method(params, info)
     if method not in info.methods:
-        raise unknown("method", method, info.methods)
+        raise unknown("method", method, (AUTO, *info.methods))
     check_purify(params, method, info)
     if params.alpha is not None and method not in info.sets:
         raise BadRequest(f"{info.name} has no calibrated prediction sets for {method}", field="alpha")
     check_cost(params.max_cost, method, info)
-    return ClassifyWork(
+    work = ClassifyWork(
         model=info.name,
         images=tuple(images),
         method=cast(MethodName, method),
@@ -88,7 +92,9 @@ def classify_work(params: ClassifyParams, info: ModelInfo, images: Sequence[byte
         alpha=params.alpha,
         max_cost=params.max_cost,
         purify=params.purify,
+        ladder=ladder,
     )
+    return moved(work, ladder[0]) if ladder else work
 
 
 def default_method(params: ClassifyParams, info: ModelInfo) -> str:
@@ -125,12 +131,11 @@ def check_cost(max_cost: float | None, method: str, info: ModelInfo) -> None:
 
 
 def pick_gear(info: ModelInfo, name: str) -> Gear:
-    """The gear called `name`; `auto` is the model's default gear."""
+    """The gear called `name`."""
     gears = {gear.name: gear for gear in info.gears}
-    chosen = info.default_gear if name == AUTO else name
-    if chosen not in gears:
+    if name not in gears:
         raise unknown("gear", name, (AUTO, *gears))
-    return gears[chosen]
+    return gears[name]
 
 
 def pick_solver(info: ModelInfo, name: SolverName) -> SolverName:

@@ -111,7 +111,12 @@ class GenerateReceipt(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    gear: str
+    gear: str = Field(description="What was served: the cheapest that any evaluation ran in.")
+    requested: str | None = Field(None, description="`auto`, where the service chose.")
+    downgraded: bool = Field(
+        False, description="Whether the load made it cheaper than what `auto` gives an idle service."
+    )
+    why: Literal["load", "deadline"] | None = Field(None, description="Of a downgrade: the queue, or its own deadline.")
     solver: str
     steps: int
     depth: int
@@ -169,6 +174,9 @@ class ClassifyReceipt(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     method: str
+    requested: str | None = Field(None, description="`auto`, where the service chose.")
+    downgraded: bool = Field(False, description="Whether it got less than an idle service gives.")
+    why: Literal["load", "deadline"] | None = Field(None, description="Why less: the queue, or deadlines of what ran.")
     cost_vs_single: float = Field(description="Mean over the images, as they ran.")
     time_vs_single: float | None = Field(
         None, description="As measured once: eager, batches of 32. Absent where it was not, or depends on the images."

@@ -16,6 +16,7 @@ from service.worker.outcomes import Finished, failure_of, lateness
 from service.worker.progress import Progress, Reporter
 from service.worker.rate import DrainRate
 from service.worker.scheduler import Admission, JobRun, Plan, Scheduler, evaluations_of
+from service.worker.shifting import Shifting
 from service.worker.splitting import Splitter, merged
 
 __all__ = ["Engine", "Finished", "Progress", "Tick"]
@@ -36,6 +37,7 @@ class Engine:
     """A Task and its Scheduler. `tick` belongs to one thread; everything else may be called from any.
 
     `pressed` is set by whoever takes jobs: the last take filled the slots, or left work behind.
+    `points` and `adapt` as in worker/shifting.py.
     """
 
     def __init__(
@@ -45,9 +47,12 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         checkpoint_ticks: int = 16,
         progress_s: float = 0.5,
+        points: Sequence[tuple[float, float]] = (),
+        adapt: bool = True,
     ) -> None:
         self.task, self.name, self.capacity = task, task.info.name, task.capacity
         self.rate = DrainRate()
+        self.gears = Shifting(task.info, task.capacity, points, adapt)
         self.ticks = 0
         self._metrics, self._clock = metrics, clock
         self._slots = {state: metrics.slots.labels(self.name, state) for state in ("busy", "free")}
@@ -61,6 +66,7 @@ class Engine:
         self._withdrawn: set[str] = set()
         self._suspending = False
         self._had_work_until: float | None = None
+        self._idle_since: float | None = None
         self._rested = True
         self.pressed = False
         self._publish()
@@ -100,6 +106,7 @@ class Engine:
         self._rested = not self._scheduler.jobs
         if self._receive():
             return Tick([], suspended=self._let_go())
+        self._shift(started)
         plan = self._scheduler.schedule(started * 1000, self.rate.pace())
         over = [self._late(job, started) for job in plan.expired]
         over += [self._late(job, started, "hopeless") for job in plan.hopeless]
@@ -112,24 +119,36 @@ class Engine:
         ended = self._clock()
         news = self._reporter.due(self.ticks, ended * 1000)
         if batch or plan.admissions:
-            self._measure(started, ended, self._scheduler.drained - drained, stats is not None)
+            self._measure(started, ended, self._scheduler.drained - drained, stats, plan)
         if stats is None:
             stats, jobs = _admission_stats(plan), len(plan.admissions)
         if stats.rows:
             self._metrics.ticked(self.name, ended - started, stats, jobs)
         self._publish()
         self._had_work_until = None if self._idle and not self.pressed else ended
+        self._idle_since = ended if self._had_work_until is None else None
         return Tick(over, news)
 
-    def _measure(self, started: float, ended: float, cost: float, moved: bool) -> None:
+    def _measure(self, started: float, ended: float, cost: float, stats: StepStats | None, plan: Plan) -> None:
         """Time since the last tick counts while there was work; under pressure, also while the pool was refilled."""
         since = started if self._had_work_until is None else self._had_work_until
         if self._rested and started - since > REFILL_S:
             since = started
-        if moved:
-            self.rate.ticked(cost, ended - since, ended - started, self.pressed)
-        else:
+        if stats is None:
             self.rate.add(cost, ended - since)
+        else:
+            self.rate.ticked(cost, ended - since, ended - started, self.pressed)
+        self.gears.ticked((ended - since) * 1000, stats, plan.admissions)
+
+    def _shift(self, now: float) -> None:
+        """Look at the load; rows that run change gear from their next evaluation on."""
+        idle_s = 0.0 if self._idle_since is None else now - self._idle_since
+        for job, work in self.gears.decide(now, idle_s, self._scheduler.jobs, self._scheduler.left):
+            self.task.shift(work, list(job.running))
+
+    def admission_rate(self) -> float:
+        """Cost per second that deadlines are judged by; 0: whatever comes begins at once, or nothing is known."""
+        return self.gears.admission_rate() or self.rate.pressed_per_second()
 
     def _let_go(self) -> list[Progress]:
         """Every job leaves with what its rows have so far."""
@@ -148,6 +167,7 @@ class Engine:
             suspending, self._suspending = self._suspending, False
             for delivery, offered_ms in inbox:
                 self._scheduler.add(delivery, offered_ms, evaluations_of(delivery))
+                self.gears.received(delivery)
             for attempt in withdrawn:
                 self._scheduler.drop(attempt)
             self._free = self._scheduler.free_rows()
@@ -165,12 +185,12 @@ class Engine:
         self._slots["free"].set(self.capacity - busy)
 
     def _admit(self, admission: Admission, now_ms: float) -> list[Finished]:
-        job, work = admission.job, admission.job.delivery.job.work
+        job, work = admission.job, self.gears.work(admission.job)
         if job.admitted_ms is not None and 0 in admission.indices:
             self._queue_wait.observe(_queue_s(job, job.admitted_ms))
             slack_s = self._scheduler.slack_ms(job, now_ms, self.rate.pace()) / 1000
             self._slack.observe(max(0.0, slack_s))
-        rows = self._restore(job, list(zip(admission.indices, admission.slots, strict=True)))
+        rows = self._restore(job, work, list(zip(admission.indices, admission.slots, strict=True)))
         failed: list[Finished] = []
 
         def admit(rows: Sequence[tuple[int, int]]) -> None:
@@ -183,7 +203,7 @@ class Engine:
         self._splitter.run(rows, admit, blame, wanted=lambda row: not failed, reasons=("memory",))
         return failed
 
-    def _restore(self, job: JobRun, rows: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def _restore(self, job: JobRun, work: Any, rows: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Go on with rows whose state an earlier attempt saved; returns (image, slot) of those that begin."""
         states = job.delivery.states
         saved = [row for row in rows if states.get(row[0])]
@@ -191,7 +211,7 @@ class Engine:
             return rows
         indices, slots = zip(*saved, strict=True)
         try:
-            left = self.task.restore(job.delivery.job.work, indices, slots, [states[index] for index in indices])
+            left = self.task.restore(work, indices, slots, [states[index] for index in indices])
             self._scheduler.admitted(job, slots, left)
         except Exception:
             log.exception("rows begin again", extra={"model": self.name, "job": _id(job), "rows": len(saved)})
@@ -228,7 +248,7 @@ class Engine:
 
     def _completed(self, job: JobRun) -> Finished:
         rows = tuple(job.rows())
-        receipt = self.task.receipt(job.delivery.job.work, rows)
+        receipt = self.task.receipt(self.gears.served(job), rows) | self.gears.receipt(job)
         now = self._clock()
         queue_s, run_s = self._times(job, now)
         if now * 1000 > job.deadline_ms:

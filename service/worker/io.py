@@ -150,7 +150,7 @@ class WorkerIO:
         backoff = Backoff("announcing")
         while wanted():
             live = [lane.engine for lane in self._lanes.values() if lane.ready and not lane.stalled]
-            rates = {engine.name: (engine.rate.per_second(), engine.rate.pressed_per_second()) for engine in live}
+            rates = {engine.name: (engine.rate.per_second(), engine.admission_rate()) for engine in live}
             try:
                 await broker.announce(self._worker, [engine.task.info for engine in live], rates)
             except AWAY as error:
@@ -161,9 +161,9 @@ class WorkerIO:
 
     async def _until_news(self, seconds: float) -> None:
         """Sleep, but say sooner that a lane has come under pressure, or out of it."""
-        before = [lane.engine.rate.pressed_per_second() > 0 for lane in self._lanes.values()]
+        before = [lane.engine.admission_rate() > 0 for lane in self._lanes.values()]
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             await asyncio.sleep(min(SOON_S, left))
-            if before != [lane.engine.rate.pressed_per_second() > 0 for lane in self._lanes.values()]:
+            if before != [lane.engine.admission_rate() > 0 for lane in self._lanes.values()]:
                 return

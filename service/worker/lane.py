@@ -16,6 +16,7 @@ from service.metrics import WorkerMetrics
 from service.protocol import Delivery
 from service.worker.answering import Answering
 from service.worker.engine import Engine, Finished, Progress
+from service.worker.gears import Queue
 from service.worker.patience import AWAY, Backoff, wanted
 from service.worker.quarantine import Quarantine
 from service.worker.results import told
@@ -125,6 +126,7 @@ class Lane:
         for delivery in taken.deliveries:
             self._receive(delivery)
             self._free_seen = max(0, self._free_seen - delivery.job.work.rows)
+        self.engine.gears.queue = Queue(taken.backlog, taken.asked, max(1, taken.workers))
         self.engine.pressed = taken.full or not self._free_seen
         for wake, outcome in taken.ended:
             self._metrics.outcomes.labels(self.model, outcome).inc()

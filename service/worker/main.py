@@ -21,6 +21,7 @@ from service.config import ConfigError, Settings
 from service.metrics import WorkerMetrics
 from service.worker.engine import Engine
 from service.worker.io import WorkerIO
+from service.worker.warmup import tick_times
 
 TASK_OF_KIND = {"generator": "generate", "ensemble": "classify", "drill": "drill"}
 IDLE_S = 0.25
@@ -53,7 +54,10 @@ def run(settings: Settings) -> int:
     worker = f"{socket.gethostname()}-{os.getpid()}-{token_hex(2)}"
     metrics = WorkerMetrics()
     tasks = load_tasks(settings)
-    engines = [Engine(task, metrics, checkpoint_ticks=settings.checkpoint_ticks) for task in tasks]
+    engines = [
+        Engine(task, metrics, checkpoint_ticks=settings.checkpoint_ticks, points=tick_times(task), adapt=settings.adapt)
+        for task in tasks
+    ]
     for task in tasks:
         metrics.declare(task.info, str(getattr(task, "device", settings.device)))
     _serve_metrics(metrics, settings)

@@ -33,6 +33,7 @@ class JobRun:
         running: slot -> image.
         outputs: image -> its collected output.
         cost: per row and evaluation, admission counted as one.
+        rung, rungs: what it runs in (service/ladders.py), and all that any of its evaluations ran in.
         saved_tick, told_ms: when its rows were last saved and its progress told (worker/progress.py).
     """
 
@@ -45,6 +46,8 @@ class JobRun:
     outputs: dict[int, Any] = field(default_factory=dict)
     admitted_ms: float | None = None
     cost: float = 0.0
+    rung: str = ""
+    rungs: list[str] = field(default_factory=list)
     saved_tick: int | None = None
     told_ms: float = -math.inf
 
@@ -199,6 +202,10 @@ class Scheduler:
             before = self._left[slot]
             left = self._left[slot] = 0 if slot in finished else before - 1
             self.drained += self._owner[slot].cost * (before - left)
+
+    def left(self, slot: int) -> int:
+        """Evaluations to come for the row in `slot`, at most."""
+        return self._left.get(slot, 0)
 
     def progress(self, job: JobRun) -> tuple[int, int]:
         """Evaluations that a job's rows have had, and will have had at most."""

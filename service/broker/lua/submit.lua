@@ -15,6 +15,7 @@ if known[1] then
   return {'attached', known[1], 0, '0'}
 end
 
+redis.pcall('HINCRBY', P .. 'turns', 'asked', cost)  -- refused work too: how much is wanted
 local now = now_ms()
 local rate, total, ahead, roomy = 0, 0, 0, false
 if tonumber(alive) > 0 then

@@ -3,9 +3,10 @@
 -- claiming it. A job larger than the pool, or one that may have killed its workers, needs an empty pool for itself.
 -- Jobs whose deadline passed, or that were delivered too often, end here.
 -- A lapsed job that runs alone lets others pass until it was idle for PATIENCE leases: the fleet does not drain for it.
--- ARGV worker free capacity lease_ms token max_deliveries ttl_s reclaim
+-- ARGV worker free capacity lease_ms token max_deliveries ttl_s reclaim alive_ms
 -- `reclaim` is 0 to leave leases that ran out alone: to find them, the server reads all that are held.
--- Returns {full, cursors, {job ...}, {id, outcome, gateways ...}}; full is 2 when it is a lapsed job that does not fit.
+-- Returns {full, cursors, {job ...}, {id, outcome, gateways ...}, {backlog, cost ever asked for, live workers}}; full is 2
+-- when it is a lapsed job that does not fit.
 local worker, token = ARGV[1], ARGV[5]
 local free, capacity, lease = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local most, ttl, reclaim = tonumber(ARGV[6]), ARGV[7], ARGV[8] == '1'
@@ -98,7 +99,7 @@ for _, rank in ipairs(RANKS) do
 end
 
 local tags = {}
-local turns = redis.call('HMGET', P .. 'turns', 'now', unpack(RANKS))
+local turns = redis.call('HMGET', P .. 'turns', 'now', 'high', 'normal', 'low', 'asked')
 local clock, moved = tonumber(turns[1] or 0), false
 for i, rank in ipairs(RANKS) do tags[rank] = tonumber(turns[i + 1] or 0) end
 local heads = {}
@@ -126,4 +127,7 @@ end
 if moved then
   redis.call('HSET', P .. 'turns', 'now', clock, 'high', tags.high, 'normal', tags.normal, 'low', tags.low)
 end
-return {full, {cursors.high, cursors.normal, cursors.low}, taken, ended}
+local backlog = 0
+for _, cost in ipairs(redis.call('HVALS', P .. 'backlog')) do backlog = backlog + cost end
+local live = redis.call('ZCOUNT', P .. 'workers', now - ARGV[9], '+inf')
+return {full, {cursors.high, cursors.normal, cursors.low}, taken, ended, {backlog, tonumber(turns[5] or 0), live}}

@@ -67,6 +67,7 @@ class ToyGenerate:
         self.rows: dict[int, tuple[int, int, int]] = {}
         self.batches: list[list[int]] = []
         self.evaluated: list[tuple[int, int]] = []
+        self.shifted: list[tuple[str, tuple[int, ...]]] = []
 
     def admit(self, work: GenerateWork, indices: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
         if work.labels[0] == REFUSED:
@@ -106,6 +107,9 @@ class ToyGenerate:
                 raise ValueError("a state of another row")
         self.rows |= dict(zip(slots, rows, strict=True))
         return [work.steps - done for _, _, done in rows]
+
+    def shift(self, work: GenerateWork, slots: Sequence[int]) -> None:
+        self.shifted.append((work.gear, tuple(slots)))
 
     def preview(self, slots: Sequence[int]) -> Sequence[NDArray[np.uint8] | None]:
         rows = [self.rows[slot] for slot in slots]
@@ -173,6 +177,9 @@ class ToyClassify:
         self, work: ClassifyWork, indices: Sequence[int], slots: Sequence[int], states: Sequence[bytes]
     ) -> Sequence[int]:
         raise ValueError("nothing was saved")
+
+    def shift(self, work: ClassifyWork, slots: Sequence[int]) -> None:
+        """Rows go on as they began."""
 
     def preview(self, slots: Sequence[int]) -> Sequence[None]:
         return [None] * len(slots)

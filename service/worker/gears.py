@@ -1,0 +1,217 @@
+"""The controller of gears: quality bends before the queue breaks. Pure: no clock, no Redis, no torch.
+
+A rung's *strain* is the time that the work at hand would take there over the time that it may take; its *load* is the
+arriving work over what the rung can do. Rungs go from the best (0) to the cheapest.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+RUNNING = 0.85  # share of what is left of a deadline that a running row may take
+WAITING = 0.5  # share of a budget that the queue may take to drain; admission refuses beyond 0.7
+LOOSE = 0.6  # strain up to which the rung above may be taken
+SPARE = 0.85  # load up to which it may be
+HOLD_S = 2.0  # how long both have to hold
+MOST_HOLD_S = 32.0
+FILLED = 0.7  # share of a budget that rows running side by side may take
+MEMORY_S = 5.0
+RECENT = 16
+
+
+class Governor:
+    """Which rung to be in: down at once, up one at a time after a calm. A climb that did not last doubles the calm
+    that the next one needs, so that a load between two rungs does not make it swing."""
+
+    def __init__(self, rungs: int) -> None:
+        self.rung, self._rungs = 0, rungs
+        self._hold_s = HOLD_S
+        self._calm_since: float | None = None
+        self._climbed = -math.inf
+
+    def decide(self, now_s: float, strains: Sequence[float], loads: Sequence[float], idle_s: float = 0.0) -> int:
+        """The rung from now on; `idle_s`: time without work until just now, which counts as calm."""
+        self._rest(idle_s)
+        if strains[self.rung] > 1 and self.rung < self._rungs - 1:
+            self._descend(now_s, strains)
+        elif self.rung:
+            self._climb(now_s, strains[self.rung - 1] <= LOOSE and loads[self.rung - 1] <= SPARE)
+        return self.rung
+
+    def _rest(self, idle_s: float) -> None:
+        climbs = int(idle_s / HOLD_S)
+        if climbs:
+            self.rung, self._hold_s, self._calm_since = max(0, self.rung - climbs), HOLD_S, None
+
+    def _descend(self, now_s: float, strains: Sequence[float]) -> None:
+        lasted = now_s - self._climbed
+        if lasted < 2 * self._hold_s:
+            self._hold_s = min(MOST_HOLD_S, 2 * self._hold_s)
+        elif lasted > 2 * MOST_HOLD_S:
+            self._hold_s = HOLD_S
+        below = range(self.rung + 1, self._rungs)
+        self.rung = next((rung for rung in below if strains[rung] <= 1), self._rungs - 1)
+        self._calm_since = None
+
+    def _climb(self, now_s: float, calm: bool) -> None:
+        if not calm:
+            self._calm_since = None
+        elif self._calm_since is None:
+            self._calm_since = now_s
+        elif now_s - self._calm_since >= self._hold_s:
+            self.rung, self._climbed, self._calm_since = self.rung - 1, now_s, None
+
+
+class TickTime:
+    """Milliseconds of a tick by its work: a curve measured once, and one factor that follows the present.
+
+    Args:
+        points: (units, milliseconds), both rising; none: proportional, unknown until `measured`.
+    """
+
+    def __init__(self, points: Sequence[tuple[float, float]] = ()) -> None:
+        self._units = [units for units, _ in points]
+        self._curve = [ms for _, ms in points]
+        self._sums = (0.0, 0.0)
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was measured."""
+        return bool(self._curve) or self._sums[1] > 0
+
+    def measured(self, units: float, ms: float) -> None:
+        """A tick with so much work took so long."""
+        keep = math.exp(-ms / 1000 / MEMORY_S)
+        total, expected = self._sums
+        self._sums = (total * keep + ms, expected * keep + self._base(units))
+
+    def ms(self, units: float) -> float:
+        """What a tick with so much work takes now; 0 while unknown."""
+        if not self._curve and not self._sums[1]:
+            return 0.0
+        return self._factor() * self._base(units)
+
+    def _factor(self) -> float:
+        total, expected = self._sums
+        return total / expected if expected > 0 else 1.0
+
+    def _base(self, units: float) -> float:
+        """The curve: straight between its points and beyond the last; the first point's time is the least."""
+        if not self._curve:
+            return units
+        if units <= self._units[0] or len(self._units) == 1:
+            return self._curve[0] * max(1.0, units / self._units[0])
+        right = min(bisect_left(self._units, units), len(self._units) - 1)
+        slope = (self._curve[right] - self._curve[right - 1]) / (self._units[right] - self._units[right - 1])
+        return self._curve[right] + slope * (units - self._units[right])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row in flight: evaluations to come, milliseconds to its deadline, mean units of an evaluation by rung."""
+
+    left: int
+    slack_ms: float
+    units: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Queue:
+    """A model's queue as the last take saw it.
+
+    Attributes:
+        backlog: cost queued and running, of all workers.
+        asked: cost of all that was ever asked for, refused work included.
+        workers: live ones, at least 1.
+    """
+
+    backlog: float = 0.0
+    asked: float = 0.0
+    workers: int = 1
+
+
+class Usual:
+    """What rows were like lately: evaluations, units of an evaluation by rung, cost; and the tightest budget."""
+
+    def __init__(self, rungs: int) -> None:
+        self._rows = 0.0
+        self._sums = [0.0] * (rungs + 2)
+        self._budgets: deque[float] = deque(maxlen=RECENT)
+
+    def saw(self, rows: int, evaluations: int, units: Sequence[float], cost: float, budget_ms: float) -> None:
+        """A job: its rows, each of which has so many evaluations, units by rung, and cost."""
+        keep = math.exp(-rows / RECENT)
+        self._rows = self._rows * keep + rows
+        values = (evaluations, cost, *units)
+        self._sums = [total * keep + rows * value for total, value in zip(self._sums, values, strict=True)]
+        self._budgets.append(budget_ms)
+
+    @property
+    def budget_ms(self) -> float:
+        """Of the tightest recent job; 0 before the first."""
+        return min(self._budgets, default=0.0)
+
+    def row(self) -> tuple[float, float, list[float]]:
+        """Evaluations, cost and units by rung of the usual row."""
+        evaluations, cost, *units = (total / self._rows for total in self._sums)
+        return evaluations, cost, units
+
+
+def capacity(usual: Usual, time: TickTime, slots: int, rung: int) -> float:
+    """Cost per second in `rung`: as many rows side by side as end within `FILLED` of their budget, at least one."""
+    if not usual.budget_ms or not time.known:
+        return 0.0
+    evaluations, cost, units = usual.row()
+    allowed = FILLED * usual.budget_ms
+    fits, most = 1, slots
+    while fits < most:
+        rows = (fits + most + 1) // 2
+        if evaluations * time.ms(rows * units[rung]) <= allowed:
+            fits = rows
+        else:
+            most = rows - 1
+    spent = evaluations * time.ms(fits * units[rung])
+    return 1000 * fits * cost / spent if spent > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Strain:
+    """Of a rung: its tightest running row, and its queue."""
+
+    running: float
+    waiting: float
+
+
+def strain(rows: Sequence[Row], queue: Queue, usual: Usual, time: TickTime, rate: float, rung: int) -> Strain:
+    """Strain of `rung`, were all rows in it; `rate`: what it can do, cost per second."""
+    tick_ms = time.ms(sum(row.units[rung] for row in rows))
+    running = max((row.left * tick_ms / max(1.0, row.slack_ms) for row in rows), default=0.0)
+    spent = queue.backlog / queue.workers / rate * 1000 / usual.budget_ms if rate > 0 else 0.0
+    return Strain(running / RUNNING, spent / WAITING)
+
+
+class Arrivals:
+    """Cost per second that is asked of one worker, weighted exponentially by time."""
+
+    def __init__(self) -> None:
+        self._last: tuple[float, float] | None = None
+        self._sums = (0.0, 0.0)
+
+    def seen(self, now_s: float, queue: Queue) -> None:
+        """What the counter stands at now."""
+        if self._last is not None and now_s > self._last[0]:
+            seconds, cost = now_s - self._last[0], max(0.0, queue.asked - self._last[1]) / queue.workers
+            keep = math.exp(-seconds / MEMORY_S)
+            total, spent = self._sums
+            self._sums = (total * keep + cost, spent * keep + seconds)
+        if self._last is None or now_s > self._last[0]:
+            self._last = (now_s, queue.asked)
+
+    def per_second(self) -> float:
+        """0 while unknown."""
+        total, spent = self._sums
+        return total / spent if spent > 0 else 0.0

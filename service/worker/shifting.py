@@ -1,0 +1,134 @@
+"""Gears at work: what the controller sees of an engine's jobs, and which gear each of them runs in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+from models.api import GenerateWork, ModelInfo, StepStats
+from service.ladders import Work, moved, rung_at, rungs_of, units
+from service.protocol import Delivery
+from service.worker.gears import Arrivals, Governor, Queue, Row, TickTime, Usual, capacity, strain
+from service.worker.scheduler import Admission, JobRun
+
+Means = tuple[tuple[float, ...], ...]
+
+
+class Shifting:
+    """The gears of one model in one engine. `queue` is set by whoever takes jobs, from any thread.
+
+    Args:
+        points: (units, milliseconds) of a tick, measured before there was work; none: learned from the ticks alone.
+        adapt: let the load decide; False: the best rung of each job.
+    """
+
+    def __init__(
+        self, info: ModelInfo, slots: int, points: Sequence[tuple[float, float]] = (), adapt: bool = True
+    ) -> None:
+        self.rungs = (rungs_of(info) or ("",))[: None if adapt else 1]
+        self.queue = Queue()
+        self.time = TickTime(points)
+        self.reason = ""
+        self._info, self._slots, self._profiled = info, slots, bool(points)
+        self._governor, self._usual, self._arrivals = Governor(len(self.rungs)), Usual(len(self.rungs)), Arrivals()
+        self._means = lru_cache(256)(self._mean_units)
+
+    @property
+    def rung(self) -> int:
+        """Where work with the whole ladder is now; 0 is the best."""
+        return self._governor.rung
+
+    def received(self, delivery: Delivery) -> None:
+        """A job has come."""
+        work, means = delivery.job.work, self._means(_shape(delivery.job.work))
+        budget_ms = delivery.deadline_ms - delivery.submitted_ms
+        self._usual.saw(work.rows, len(means), means[0], delivery.job.cost / work.rows, budget_ms)
+
+    def decide(
+        self, now_s: float, idle_s: float, jobs: Sequence[JobRun], left: Callable[[int], int]
+    ) -> list[tuple[JobRun, Any]]:
+        """Look at the work at hand; the running jobs that change gear, with their work from now on.
+
+        Args:
+            idle_s: time without any work until this tick.
+            left: evaluations to come for the row of a slot.
+        """
+        self._arrivals.seen(now_s, self.queue)
+        rows = [row for job in jobs for row in self._rows(job, now_s * 1000, left)]
+        rates = [self.rate(rung) for rung in range(len(self.rungs))]
+        strains = [strain(rows, self.queue, self._usual, self.time, rate, i) for i, rate in enumerate(rates)]
+        loads = [self._arrivals.per_second() / rate if rate > 0 else 0.0 for rate in rates]
+        before = self.rung
+        self._governor.decide(now_s, [max(one.running, one.waiting) for one in strains], loads, idle_s)
+        if self.rung > before:
+            self.reason = "load" if strains[before].waiting >= strains[before].running else "deadline"
+        return [(job, self.work(job)) for job in jobs if job.running and job.rung != self._rung_of(job)]
+
+    def work(self, job: JobRun) -> Any:
+        """The job's work in the gear that it runs in from now on."""
+        job.rung = self._rung_of(job)
+        if job.rung not in job.rungs:
+            job.rungs.append(job.rung)
+        work = job.delivery.job.work
+        return moved(work, job.rung) if work.ladder else work
+
+    def served(self, job: JobRun) -> Any:
+        """The job's work in the cheapest gear that any of its evaluations ran in."""
+        work = job.delivery.job.work
+        return moved(work, max(job.rungs, key=work.ladder.index)) if work.ladder else work
+
+    def receipt(self, job: JobRun) -> dict[str, Any]:
+        """What a receipt says of gears: `requested`, and whether and why less was served."""
+        ladder = job.delivery.job.work.ladder
+        if not ladder:
+            return {"downgraded": False}
+        downgraded = any(rung != ladder[0] for rung in job.rungs)
+        return {"requested": "auto", "downgraded": downgraded} | ({"why": self.reason} if downgraded else {})
+
+    def rate(self, rung: int) -> float:
+        """Cost per second of the usual work in `rung`; 0 while that is not known."""
+        return capacity(self._usual, self.time, self._slots, rung)
+
+    def admission_rate(self) -> float:
+        """Cost per second in the cheapest gears that the usual work allows; 0 where ticks were not measured before."""
+        return self.rate(-1) if self._profiled else 0.0
+
+    def ticked(self, ms: float, stats: StepStats | None, admissions: Sequence[Admission]) -> None:
+        """A tick took so long, since the one before."""
+        if self._info.task == "generate":
+            done = float(stats.layer_evals) if stats else 0.0
+        else:
+            done = sum(len(one.slots) * units(self.work(one.job), self._info)[0] for one in admissions)
+        if done:
+            self.time.measured(done, ms)
+
+    def _rung_of(self, job: JobRun) -> str:
+        ladder = job.delivery.job.work.ladder
+        return rung_at(ladder, self.rungs, self.rung) if ladder else ""
+
+    def _rows(self, job: JobRun, now_ms: float, left: Callable[[int], int]) -> Iterable[Row]:
+        if not job.running:
+            return
+        means = self._means(_shape(job.delivery.job.work))
+        for slot in job.running:
+            if to_come := min(left(slot), len(means)):
+                yield Row(to_come, job.deadline_ms - now_ms, means[len(means) - to_come])
+
+    def _mean_units(self, work: Work) -> Means:
+        """Mean units of the evaluations from each one on, by rung."""
+        by_rung = []
+        for level in range(len(self.rungs)):
+            here = moved(work, rung_at(work.ladder, self.rungs, level)) if work.ladder else work
+            sums = accumulate(reversed(units(here, self._info)))
+            by_rung.append([total / (n + 1) for n, total in enumerate(sums)][::-1])
+        return tuple(zip(*by_rung, strict=True))
+
+
+def _shape(work: Work) -> Work:
+    """What of a job decides its units."""
+    if isinstance(work, GenerateWork):
+        return replace(work, seeds=(), labels=())
+    return replace(work, images=())
