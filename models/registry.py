@@ -53,6 +53,9 @@ TASKS = {
     "classify": "models.tasks.classify:load",
     "drill": "models.tasks.drill:load",
 }
+DESCRIPTIONS = {
+    "generate": "models.tasks.gears:described",
+}
 COMMANDS = {
     "train": "models.training.cli:app",
     "eval": "models.evaluation.cli:app",

@@ -14,6 +14,7 @@ import typer
 
 from service.dlq import app as dlq_app
 from service.keys_cli import app as keys_app
+from service.simulation.cli import simulate
 
 app = typer.Typer(
     name="offramp",
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(keys_app, name="keys")
 app.add_typer(dlq_app, name="dlq")
+app.command()(simulate)
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 

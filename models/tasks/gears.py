@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from models.api import Gear, SolverOptions
+from models.api import Gear, ModelInfo, SolverOptions
 from models.exits.plan import make
-from models.store import StoreError, read_json, write_json
+from models.store import StoreError, read_config, read_json, weights_digest, write_json
 
 
 def read_gears(folder: Path, depth: int | None = None) -> tuple[tuple[Gear, ...], str]:
@@ -24,6 +24,23 @@ def read_gears(folder: Path, depth: int | None = None) -> tuple[tuple[Gear, ...]
     if data["default"] not in names or "full" not in names:
         raise StoreError(f"{path}: needs a gear named full, and a default among {names}")
     return gears, data["default"]
+
+
+def described(folder: Path) -> ModelInfo:
+    """A generator's folder without its network: what is needed to plan and price its work."""
+    config = read_config(folder, "generator")
+    depth = config.get("network", {}).get("depth")
+    gears, default = read_gears(folder, depth)
+    return ModelInfo(
+        name=str(config["name"]),
+        task="generate",
+        labels=tuple(config["labels"]),
+        image=(0, 0, 0),
+        weights=weights_digest(config["files"]),
+        depth=depth or max(max(gear.schedule.depths) for gear in gears),
+        gears=gears,
+        default_gear=default,
+    )
 
 
 def _gear(entry: dict[str, Any], depth: int | None, path: Path) -> Gear:
