@@ -28,7 +28,9 @@ def gear(name: str, *depths: int, accuracy: float | None = None, **changes: obje
 
 FULL, GOOD, LOW = gear("full", 8, accuracy=0.96), gear("good", 8, 6, accuracy=0.95), gear("low", 4, 4, accuracy=0.9)
 RULE = DecisionRule("entropy", 0.6, None, "coverage_at_risk", 0.05, 0.95, 0.85, 0.04, 0.05)
-DRAWER = ModelInfo("drawer", "generate", ("a", "b"), (28, 28, 1), "w", depth=8, gears=(LOW, FULL, GOOD))
+DRAWER = ModelInfo(
+    "drawer", "generate", ("a", "b"), (28, 28, 1), "w", depth=8, gears=(LOW, FULL, GOOD), default_gear="low"
+)
 JUDGE = ModelInfo(
     "judge", "classify", ("a", "b"), (1, 1, 1), "w",
     methods={"single": 1.0, "bridge": 1.2, "cascade": 1.5, "ensemble": 5.0, "exits": 0.5},
@@ -99,6 +101,13 @@ def test_what_cannot_be_kept_is_refused_by_field(asked: dict[str, object], field
     with pytest.raises(OfframpError, match=says) as caught:
         gears_for(GenerateParams(**asked), DRAWER)
     assert caught.value.field == field
+
+
+def test_without_a_floor_the_default_gear_is_it() -> None:
+    info = replace(DRAWER, default_gear="good")
+    assert gears_for(GenerateParams(), info) == ("full", "good")
+    assert gears_for(GenerateParams(floor="low"), info) == ("full", "good", "low")
+    assert gears_for(GenerateParams(max_compute=0.6), info) == ("low",)
 
 
 def test_a_gear_that_was_never_measured_has_no_accuracy_to_promise() -> None:
