@@ -161,13 +161,15 @@ def test_nothing_is_known_before_the_first_job() -> None:
     assert capacity(usual(), TickTime(), 4, 0) == 0.0
 
 
-def test_the_tightest_recent_budget_counts() -> None:
+def test_a_budget_counts_that_a_quarter_of_the_recent_jobs_have() -> None:
+    """One client in a hurry is not enough to judge all others by what it needs."""
     made = usual(1000.0)
-    made.saw(1, 10, (16.0, 10.0), 160.0, 300.0)
-    assert made.budget_ms == 300.0
-    for _ in range(16):
-        made.saw(1, 10, (16.0, 10.0), 160.0, 800.0)
+    for i in range(63):
+        made.saw(1, 10, (16.0, 10.0), 160.0, 100.0 if i < 10 else 800.0)
     assert made.budget_ms == 800.0
+    for _ in range(20):
+        made.saw(1, 10, (16.0, 10.0), 160.0, 100.0)
+    assert made.budget_ms == 100.0
 
 
 def test_strain_of_rows_and_of_the_queue() -> None:

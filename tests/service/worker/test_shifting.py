@@ -171,5 +171,24 @@ def test_classifications_move_along_their_methods() -> None:
     assert [receipt["downgraded"] for receipt in receipts] == [False, False, True]
 
 
+def test_the_images_of_a_classification_all_get_its_method() -> None:
+    """Though the load changes while some of them wait for a slot."""
+    task, metrics, clock = ToyClassify(capacity=2), WorkerMetrics(), Clock()
+    task.info = replace(JUDGE, name=task.info.name)
+    metrics.declare(task.info, "cpu")
+    engine = Engine(task, metrics, clock)
+    job = judge((b"\1", b"\2", b"\3", b"\4"), model=task.info.name)
+    job = replace_work(job, method="ensemble", ladder=("ensemble", "single"))
+    engine.offer(delivery(job, budget_ms=1000))
+    over = {}
+    for _ in range(20):
+        engine.gears.time.measured(5.0, 10.0)
+        over |= {done.delivery.job.id: done for done in engine.tick().finished}
+        engine.gears.queue = Queue(backlog=1e6)
+        clock.now += 0.02
+    assert engine.gears.rung == 1
+    assert over[job.id].receipt["downgraded"] is False
+
+
 def replace_work(job, **changes):  # type: ignore[no-untyped-def]
     return type(job)(id=job.id, cost=job.cost, work=replace(job.work, **changes))
