@@ -6,8 +6,8 @@ Pure; gateway and worker both go by it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import cast, overload
 
@@ -69,7 +69,8 @@ def moved(work: Work, rung: str) -> Work:
     return replace(work, method=cast(MethodName, name), max_cost=float(cost) if cost else None)
 
 
-def rung_at(ladder: Sequence[str], rungs: Sequence[str], level: int) -> str:
+@lru_cache(1024)
+def rung_at(ladder: tuple[str, ...], rungs: tuple[str, ...], level: int) -> str:
     """Where work with this ladder runs when its model is at rung `level`: there, or as near above as it may go."""
     known = [rung for rung in ladder if rung in rungs] or ladder[:1]
     return next((rung for rung in known if rung in rungs and rungs.index(rung) >= level), known[-1])

@@ -121,7 +121,7 @@ class Shifting:
     def _rows(self, job: JobRun, now_ms: float, left: Callable[[int], int]) -> Iterable[Row]:
         if not job.running:
             return
-        means = self._means(_shape(job.delivery.job.work))
+        means = job.means = job.means or self._means(_shape(job.delivery.job.work))
         for slot in job.running:
             if to_come := min(left(slot), len(means)):
                 yield Row(to_come, job.deadline_ms - now_ms, means[len(means) - to_come])
