@@ -50,11 +50,11 @@ PICTURES, WARMUP_S, DEADLINE_MS = 64, 1.0, 1000
 
 
 class Service:
-    """A running store, gateway and worker that serve `models`; one process each."""
+    """A running store, gateway and worker that serve `drills`, or the folder of setting `models`; one process each."""
 
-    def __init__(self, folder: Path, models: Sequence[dict[str, Any]], **settings: str) -> None:
+    def __init__(self, folder: Path, drills: Sequence[dict[str, Any]], **settings: str) -> None:
         self._folder, self.port, self._stack = folder, free_port(), ExitStack()
-        for config in models:
+        for config in drills:
             (folder / "models" / config["name"]).mkdir(parents=True)
             (folder / "models" / config["name"] / "config.json").write_text(json.dumps(config))
         self.store = Embedded(folder / "data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -14,6 +15,7 @@ from service.protocol import Delivery
 from service.worker.gears import Arrivals, Governor, Queue, Row, TickTime, Usual, capacity, strain
 from service.worker.scheduler import Admission, JobRun
 
+LOOK_S = 0.01
 Means = tuple[tuple[float, ...], ...]
 
 
@@ -34,6 +36,7 @@ class Shifting:
         self.reason = ""
         self._info, self._slots, self._profiled = info, slots, bool(points)
         self._governor, self._usual, self._arrivals = Governor(len(self.rungs)), Usual(len(self.rungs)), Arrivals()
+        self._looked = -math.inf
         self._means = lru_cache(256)(self._mean_units)
 
     @property
@@ -56,6 +59,9 @@ class Shifting:
             idle_s: time without any work until this tick.
             left: evaluations to come for the row of a slot.
         """
+        if len(self.rungs) == 1 or now_s - self._looked < LOOK_S:
+            return []
+        self._looked = now_s
         self._arrivals.seen(now_s, self.queue)
         rows = [row for job in jobs for row in self._rows(job, now_s * 1000, left)]
         rates = [self.rate(rung) for rung in range(len(self.rungs))]
@@ -106,13 +112,16 @@ class Shifting:
             self.time.measured(done, ms)
 
     def _rung_of(self, job: JobRun) -> str:
+        """Classifications keep the method that their first images were admitted with."""
         ladder = job.delivery.job.work.ladder
+        if job.rungs and self._info.task == "classify":
+            return job.rungs[0]
         return rung_at(ladder, self.rungs, self.rung) if ladder else ""
 
     def _rows(self, job: JobRun, now_ms: float, left: Callable[[int], int]) -> Iterable[Row]:
         if not job.running:
             return
-        means = self._means(_shape(job.delivery.job.work))
+        means = job.means = job.means or self._means(_shape(job.delivery.job.work))
         for slot in job.running:
             if to_come := min(left(slot), len(means)):
                 yield Row(to_come, job.deadline_ms - now_ms, means[len(means) - to_come])

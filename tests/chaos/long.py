@@ -41,7 +41,14 @@ def real_body(number: int) -> tuple[str, dict[str, Any]]:
     if number % 2:
         pixels = np.random.default_rng(number).integers(0, 256, (28, 28), dtype=np.uint8)
         return "/classify", {"model": "fashion-ensemble", "image": picture(pixels), "deadline_ms": 600_000}
-    return "/generate", {"model": "fashion-dit", "seed": number, "label": 3, "steps": 8, "deadline_ms": 600_000}
+    return "/generate", {
+        "model": "fashion-dit",
+        "seed": number,
+        "label": 3,
+        "steps": 8,
+        "gear": "balanced",
+        "deadline_ms": 600_000,
+    }
 
 
 def outputs(answer: dict[str, Any]) -> Any:
