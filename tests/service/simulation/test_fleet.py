@@ -35,7 +35,7 @@ def mixed(rate, seconds, seed=0):
         Arrival(0.0, gear="full", deadline_ms=5000, priority="high"),
         Arrival(0.0, gear="eco", steps=5, deadline_ms=200),
         Arrival(0.0, n=12, floor=0.95, deadline_ms=20_000),
-        Arrival(0.0, max_compute=0.65, deadline_ms=2000),
+        Arrival(0.0, floor="eco", max_compute=0.65, deadline_ms=2000),
     ]
     times = poisson(rate, seconds, seed)
     return [asking([at], kinds[i % len(kinds)])[0] for i, at in enumerate(times)]
@@ -87,15 +87,15 @@ def test_a_seed_decides_everything():
 
 
 def test_unloaded_a_request_takes_its_evaluations_and_runs_in_full():
-    _, seen, run = served(asking([0.0, 2.0, 4.0], Arrival(0.0)))
+    _, seen, run = served(asking([0.0, 2.0, 4.0], Arrival(0.0, floor="eco")))
     assert run["gears"] == {"full": 3}
     assert run["compute_saved"] == 0
     assert [one.took_ms for one in seen] == pytest.approx([20 * POINTS[0][1] + 5] * 3, abs=0.01)
 
 
 def test_workers_share_the_queue():
-    fleet, _, one_worker = served(asking(poisson(2 * FULL, 20.0, 0), Arrival(0.0)))
-    pair, _, two_workers = served(asking(poisson(2 * FULL, 20.0, 0), Arrival(0.0)), workers=2)
+    fleet, _, one_worker = served(asking(poisson(2 * FULL, 20.0, 0), Arrival(0.0, floor="eco")))
+    pair, _, two_workers = served(asking(poisson(2 * FULL, 20.0, 0), Arrival(0.0, floor="eco")), workers=2)
     assert two_workers["refused"] < one_worker["refused"]
     ticks = [worker.engine.ticks for worker in pair.workers]
     assert min(ticks) > 0.7 * max(ticks)
@@ -104,7 +104,7 @@ def test_workers_share_the_queue():
 
 @pytest.mark.parametrize("made", [poisson, bursts])
 def test_at_twice_the_capacity_gears_serve_more_and_no_later(made):
-    arrivals = asking(made(2 * FULL, 40.0, 0), Arrival(0.0))
+    arrivals = asking(made(2 * FULL, 40.0, 0), Arrival(0.0, floor="eco"))
     (_, _, on), (_, seen, off) = served(arrivals), served(arrivals, adapt=False)
     assert on["accepted_in_time"] >= off["accepted_in_time"] >= 0.95
     assert on["goodput_per_s"] > 1.25 * off["goodput_per_s"]
@@ -116,14 +116,14 @@ def test_at_twice_the_capacity_gears_serve_more_and_no_later(made):
 def test_after_a_crowd_the_best_gear_comes_back():
     crowd = poisson(3 * FULL, 10.0, 0)
     calm = [10.0 + 0.5 * i for i in range(120)]
-    fleet, seen, run = served(asking(crowd + calm, Arrival(0.0)))
+    fleet, seen, run = served(asking(crowd + calm, Arrival(0.0, floor="eco")))
     assert run["gears"]["eco"] > 50
     assert {one.receipt["gear"] for one in seen[-40:]} == {"full"}
     assert fleet.samples[-1][1] == 0
 
 
 def test_a_hundred_workers():
-    arrivals = asking(poisson(100 * FULL, 1.5, 0), Arrival(0.0))
+    arrivals = asking(poisson(100 * FULL, 1.5, 0), Arrival(0.0, floor="eco"))
     fleet, seen, run = served(arrivals, workers=100, max_backlog=50_000_000)
     assert run["accepted"] > 700
     assert all(worker.engine.ticks > 5 for worker in fleet.workers)
