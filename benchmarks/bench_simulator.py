@@ -2,9 +2,9 @@
 
     python benchmarks/bench_simulator.py [--seconds S] [--workers 1,4] [--overload 0.7,2]
 
-Real are the store, the scripts, the worker processes with their lanes and engines, and the road back; only the network's
-forward is a sleep of the shipped tick times, so that a small machine can hold many workers. Gears on; deadline three
-times one image alone. The last line is JSON.
+Real are the store, the scripts, the worker processes with their lanes and engines, and the road back; only the forward of
+the network is a sleep of the shipped tick times, so that a small machine can hold many workers. Gears on; deadline
+three times one image alone. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -91,8 +91,9 @@ def work_here(url: str) -> None:
 
 async def served(url: str, workers: int, arrivals: Sequence[Arrival]) -> list[Seen]:
     """A trace through the store, once all workers live; refusals and answers as a gateway would see them."""
-    broker, waiting, seen = Broker(url), dict[str, tuple[Seen, float]](), [Seen(one, DEADLINE_MS) for one in arrivals]
-    while await broker.live_workers(INFO.name) < workers:
+    broker, waiting = Broker(url), dict[str, tuple[Seen, float]]()
+    seen = [Seen(one, DEADLINE_MS) for one in arrivals]
+    while await broker.live_workers(INFO.name) < workers:  # noqa: ASYNC110
         await asyncio.sleep(0.1)
     work = generate_work(GenerateParams(gear="auto", floor=arrivals[0].floor, seed=0, label=0), INFO, "png")
     cost, begun = price(work, INFO), time.monotonic() + 0.5
@@ -118,7 +119,7 @@ async def served(url: str, workers: int, arrivals: Sequence[Arrival]) -> list[Se
 
     listener = asyncio.create_task(hear())
     await asyncio.gather(*map(ask, seen))
-    while waiting:
+    while waiting:  # noqa: ASYNC110
         await asyncio.sleep(0.1)
     listener.cancel()
     await asyncio.wait([listener])
@@ -133,7 +134,9 @@ def real(workers: int, arrivals: Sequence[Arrival]) -> list[Seen]:
         store.start()
         stack.callback(store.stop)
         for _ in range(workers):
-            child = subprocess.Popen([sys.executable, "-m", "benchmarks.bench_simulator", "--worker", store.url], cwd=REPO)
+            child = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.bench_simulator", "--worker", store.url], cwd=REPO
+            )
             stack.callback(child.wait, 30)
             stack.callback(child.terminate)
         return asyncio.run(served(store.url, workers, arrivals))
