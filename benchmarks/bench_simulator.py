@@ -2,9 +2,9 @@
 
     python benchmarks/bench_simulator.py [--seconds S] [--workers 1,4] [--overload 0.7,2]
 
-Real are the store, the scripts, the worker processes with their lanes and engines, and the road back; only the forward of
-the network is a sleep of the shipped tick times, so that a small machine can hold many workers. Gears on; deadline
-three times one image alone. The last line is JSON.
+Real are the store, the scripts, the worker processes with their lanes and engines, and the road back; only the network
+is a sleep of the shipped tick times, so that a small machine can hold many workers. Gears on; deadline three times
+one image alone. The last line is JSON.
 """
 
 from __future__ import annotations
