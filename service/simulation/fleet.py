@@ -183,22 +183,22 @@ class Fleet:
         """Take what fits."""
         worker.looking = False
         worker.looks += 1
-        if not worker.room or worker.waiting:
+        if worker.waiting:
             return
         now, engine = self._now_ms(), worker.engine
         taken = self._queue.take(now, worker.room, self._terms.slots)
+        self._tell(worker)
         for entry in taken.ended:
             self._end(entry.number, "expired")
         for entry in taken.jobs:
             engine.offer(self._delivery(worker, entry, now))
             worker.room = max(0, worker.room - entry.rows)
         worker.seen, engine.pressed = worker.room, taken.full or not worker.room
-        self._tell(worker)
         if taken.jobs and not worker.ticking:
             self._tick(worker)
-        if taken.full:
+        if engine.pressed:
             self._after(FULL_S, self._look_again, worker, worker.looks)
-        elif worker.room:
+        else:
             worker.waiting = True
             self._waiting.append(worker)
         if len(self._queue):

@@ -48,7 +48,7 @@ class SimQueue:
     """Jobs that wait, by rank.
 
     Attributes:
-        asked: cost of all that was ever asked for.
+        asked: cost of all that was ever asked for and could have been done in time.
         backlog: cost waiting and running, by rank.
         pressed: what each live worker says that it drains under pressure, cost per second; 0: it has room.
     """
@@ -73,14 +73,16 @@ class SimQueue:
 
     def submit(self, entry: Entry) -> Verdict:
         """Queue a job, or say why not."""
-        self.asked += entry.cost
         total, mine = sum(self.backlog.values()), self.backlog[entry.rank]
         ahead = sum(min(cost, mine * WEIGHTS[rank] / WEIGHTS[entry.rank]) for rank, cost in self.backlog.items())
         if total > 0 and total + entry.cost > self._most:
+            self.asked += entry.cost
             return "full"
-        rate, budget_ms = self._drained(), entry.deadline_ms - entry.submitted_ms
-        if rate > 0 and ahead > 0 and (ahead + entry.cost) / rate * 1000 > SPENT * budget_ms:
+        rate, wait_ms = self._drained(), SPENT * (entry.deadline_ms - entry.submitted_ms)
+        if rate > 0 and ahead > 0 and (ahead + entry.cost) / rate * 1000 > wait_ms:
+            self.asked += entry.cost if entry.cost / rate * 1000 <= wait_ms else 0
             return "late"
+        self.asked += entry.cost
         self._waiting[entry.rank].append(entry)
         self.backlog[entry.rank] += entry.cost
         return "accepted"

@@ -80,13 +80,16 @@ class SimTask:
         return [self._rows[slot] for slot in slots]
 
     def receipt(self, work: GenerateWork, rows: Sequence[SimRow]) -> dict[str, Any]:
-        """Units that ran and those at full depth; whether an evaluation had less than the lowest gear allowed has."""
-        least = self._plan(work.ladder[-1] if work.ladder else work.gear, *_shape(work)[1:])
+        """The cheapest gear that shows, units that ran and those at full depth; whether an evaluation had less than in
+        the lowest gear allowed."""
+        ladder = work.ladder or (work.gear,)
+        plans = [self._plan(gear, *_shape(work)[1:]) for gear in ladder]
+        shown = [better for better, plan in enumerate(plans[:-1]) if any(_less(row, plan) for row in rows)]
         return {
-            "gear": work.gear,
+            "gear": ladder[shown[-1] + 1] if shown else ladder[0],
             "layer_evals": sum(sum(row.ran) for row in rows),
             "layer_evals_full": sum(sum(row.full) for row in rows),
-            "floor_broken": any(ran < floor for row in rows for ran, floor in zip(row.ran, least, strict=True)),
+            "floor_broken": any(_less(row, plans[-1]) for row in rows),
         }
 
     def shift(self, work: GenerateWork, slots: Sequence[int]) -> None:
@@ -113,6 +116,11 @@ class SimTask:
         whole = Gear("", ExitSchedule((1.0,), (self.info.depth,)), solver, steps, guidance)
         chosen = self._gears[gear] if gear else whole
         return tuple(map(float, planned_blocks(chosen, steps, guidance, solver, interval)))
+
+
+def _less(row: SimRow, plan: Sequence[float]) -> bool:
+    """Whether an evaluation of a row had less than planned."""
+    return any(ran < planned for ran, planned in zip(row.ran, plan, strict=True))
 
 
 def _shape(work: GenerateWork) -> tuple[str, int, float, SolverName, tuple[float, float]]:

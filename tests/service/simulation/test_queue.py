@@ -99,7 +99,10 @@ def test_late_is_what_waits_too_long_at_the_announced_rates():
     assert queue.submit(entry(4, 1, 9950, 10_000_000, "normal")) == "full"
     queue.announce(1, 0.0)
     assert queue.submit(entry(5, 1, 50, 1, "normal")) == "accepted", "a worker has room"
-    assert queue.asked == 50 * 4 + 9950
+    assert queue.submit(entry(6, 1, 50, 1, "normal")) == "accepted"
+    queue.announce(1, 100.0)
+    assert queue.submit(entry(7, 1, 5000, 1000, "normal")) == "late"
+    assert queue.asked == 50 * 5 + 9950, "not what takes too long on an idle service"
 
 
 def test_what_is_out_of_time_ends_on_the_way_and_pays_back():
