@@ -26,7 +26,7 @@ from service.worker.gears import Queue, TickTime
 
 LOOK_S = 0.001  # from an entry or room to the take that sees it
 ANSWER_S = 0.004  # from a tick's end to the answer: encode, store, wake
-FULL_S, NEWS_S, ANNOUNCE_S, SWEEP_S, GRACE_MS = 1.0, 0.2, 2.0, 2.0, 2000
+WAIT_S, NEWS_S, ANNOUNCE_S, SWEEP_S, GRACE_MS = 1.0, 0.2, 2.0, 2.0, 2000
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Worker:
     Attributes:
         room, seen: rows that it may take, as it knows now and knew after its last look.
         ticking, waiting, looking: a tick is under way; it waits for entries; it is about to look.
-        looks: how often it has looked.
+        looks, told: how often it has looked, and when it last saw the queue.
         changes: of its rung.
         held: jobs in hand, by attempt.
     """
@@ -65,6 +65,7 @@ class Worker:
     waiting: bool = False
     looking: bool = False
     looks: int = 0
+    told: float = 0.0
     changes: int = 0
     held: dict[str, Entry] = field(default_factory=dict)
 
@@ -94,7 +95,7 @@ class Fleet:
         self._info, self._terms = info, terms
         self._clock, self._queue, self._draw = Clock(), SimQueue(terms.max_backlog), random.Random(terms.seed)
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self._order, self._left = count(), 0
+        self._order, self._left, self._view = count(), 0, (0.0, Queue())
         self._seen: list[Seen] = []
         self._work = lru_cache(1024)(self._resolved)
         curve, metrics = TickTime(points), WorkerMetrics()
@@ -197,7 +198,7 @@ class Fleet:
         if taken.jobs and not worker.ticking:
             self._tick(worker)
         if engine.pressed:
-            self._after(FULL_S, self._look_again, worker, worker.looks)
+            self._after(WAIT_S, self._look_again, worker, worker.looks)
         else:
             worker.waiting = True
             self._waiting.append(worker)
@@ -209,8 +210,16 @@ class Fleet:
             self._look(worker)
 
     def _tell(self, worker: Worker) -> None:
-        """The queue as a take sees it."""
-        worker.engine.gears.queue = Queue(self.backlog, self._queue.asked, len(self.workers))
+        """The queue as a take sees it; whoever waits is woken by the same entry and takes nothing, but sees it too."""
+        self._view = (self._clock.now, Queue(self.backlog, self._queue.asked, len(self.workers)))
+        worker.told, worker.engine.gears.queue = self._view
+
+    def _remind(self, worker: Worker) -> None:
+        """What a worker that waits has seen meanwhile: it looks with all others, and each second."""
+        if self._clock.now - worker.told > WAIT_S:
+            self._tell(worker)
+        elif self._view[0] > worker.told:
+            worker.told, worker.engine.gears.queue = self._view
 
     def _delivery(self, worker: Worker, entry: Entry, now: int) -> Delivery:
         name = str(entry.number)
@@ -229,7 +238,7 @@ class Fleet:
     def _tick(self, worker: Worker) -> None:
         """Run a tick, from now to when its time has passed."""
         if worker.waiting:
-            self._tell(worker)
+            self._remind(worker)
         now, before = self._clock.now, worker.engine.gears.rung
         worker.ticking = True
         tick = worker.engine.tick()
