@@ -23,10 +23,13 @@ from service.simulation.task import Clock, SimTask
 from service.simulation.traces import Arrival
 from service.worker.engine import Engine, Finished, Tick
 from service.worker.gears import Queue, TickTime
+from service.worker.lane import MOST_STEP_BACK_S, STEP_BACK_S
 
 LOOK_S = 0.001  # from an entry or room to the take that sees it
 ANSWER_S = 0.004  # from a tick's end to the answer: encode, store, wake
 WAIT_S, NEWS_S, ANNOUNCE_S, SWEEP_S, GRACE_MS = 1.0, 0.2, 2.0, 2.0, 2000
+
+SOME = 32
 
 
 @dataclass
@@ -168,13 +171,15 @@ class Fleet:
     # lanes
 
     def _call(self) -> None:
-        """An entry wakes every worker that waits for one; any of them comes first."""
+        """An entry wakes every worker that waits for one; who has the fewest rows comes first (of some, for speed)."""
         if self._waiting:
-            chosen = self._draw.randrange(len(self._waiting))
+            some = self._draw.sample(range(len(self._waiting)), min(SOME, len(self._waiting)))
+            chosen = max(some, key=lambda i: self._waiting[i].room)
             self._waiting[chosen], self._waiting[-1] = self._waiting[-1], self._waiting[chosen]
             worker = self._waiting.pop()
             worker.waiting = False
-            self._look_soon(worker, LOOK_S)
+            busy = self._terms.slots - worker.room
+            self._look_soon(worker, LOOK_S + min(MOST_STEP_BACK_S, STEP_BACK_S * busy))
 
     def _look_soon(self, worker: Worker, seconds: float) -> None:
         worker.looking = True
@@ -188,13 +193,13 @@ class Fleet:
             return
         now, engine = self._now_ms(), worker.engine
         taken = self._queue.take(now, worker.room, self._terms.slots)
-        self._tell(worker)
         for entry in taken.ended:
             self._end(entry.number, "expired")
         for entry in taken.jobs:
             engine.offer(self._delivery(worker, entry, now))
             worker.room = max(0, worker.room - entry.rows)
         worker.seen, engine.pressed = worker.room, taken.full or not worker.room
+        self._tell(worker)
         if taken.jobs and not worker.ticking:
             self._tick(worker)
         if engine.pressed:
@@ -211,8 +216,11 @@ class Fleet:
 
     def _tell(self, worker: Worker) -> None:
         """The queue as a take sees it; whoever waits is woken by the same entry and takes nothing, but sees it too."""
-        self._view = (self._clock.now, Queue(self.backlog, self._queue.asked, len(self.workers)))
+        asked, workers = self._queue.asked, len(self.workers)
+        self._view = (self._clock.now, Queue(0, asked, workers))
         worker.told, worker.engine.gears.queue = self._view
+        if worker.engine.pressed:
+            worker.engine.gears.queue = Queue(self.backlog, asked, workers)
 
     def _remind(self, worker: Worker) -> None:
         """What a worker that waits has seen meanwhile: it looks with all others, and each second."""

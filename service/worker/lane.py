@@ -22,6 +22,7 @@ from service.worker.quarantine import Quarantine
 from service.worker.results import told
 
 WAIT_MS = 1000
+STEP_BACK_S, MOST_STEP_BACK_S = 0.003, 0.03
 RECLAIM_S = 1.0
 log = logging.getLogger(__name__)
 
@@ -123,11 +124,12 @@ class Lane:
         )
         if reclaim and free and not taken.lapsed:
             self._reclaim_at = now + RECLAIM_S
-        self.engine.gears.queue = Queue(taken.backlog, taken.asked, max(1, taken.workers))
+        self._free_seen = max(0, free - sum(delivery.job.work.rows for delivery in taken.deliveries))
+        self.engine.pressed = taken.full or not self._free_seen
+        waits = taken.backlog if self.engine.pressed else 0  # with room left nothing waits, whatever runs elsewhere
+        self.engine.gears.queue = Queue(waits, taken.asked, max(1, taken.workers))
         for delivery in taken.deliveries:
             self._receive(delivery)
-            self._free_seen = max(0, self._free_seen - delivery.job.work.rows)
-        self.engine.pressed = taken.full or not self._free_seen
         for wake, outcome in taken.ended:
             self._metrics.outcomes.labels(self.model, outcome).inc()
             if outcome == "expired":
@@ -137,6 +139,11 @@ class Lane:
             await self._for_room()
         else:
             await self._broker.wait(self.model, taken.cursors, WAIT_MS)
+            await asyncio.sleep(self._step_back_s())
+
+    def _step_back_s(self) -> float:
+        """An entry wakes every worker that has room: those with fewer rows in hand come first."""
+        return min(MOST_STEP_BACK_S, STEP_BACK_S * (self.engine.capacity - self.engine.free_rows()))
 
     async def _for_room(self) -> None:
         """Wait for room or the drain, a second at most."""
