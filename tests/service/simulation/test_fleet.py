@@ -134,3 +134,15 @@ def test_a_hundred_workers():
 def test_a_gear_that_does_not_exist_is_told_apart():
     with pytest.raises(OfframpError, match="best"):
         served([Arrival(0.0, gear="best")])
+
+
+def test_workers_share_evenly_enough_to_keep_deadlines():
+    arrivals = asking(poisson(4 * 2 * FULL, 20.0, 0), Arrival(0.0, floor="eco"))
+    _, _, run = served(arrivals, workers=4)
+    assert run["accepted_in_time"] > 0.99
+    assert run["goodput_per_s"] > 0.95 * 4 * FULL / 0.6, "nearly what eco can do"
+
+
+def test_a_quiet_service_stays_in_the_best_gear():
+    _, _, run = served(asking(poisson(0.2 * FULL, 60.0, 0), Arrival(0.0, floor="eco")), noise=0.2)
+    assert run["gears"]["full"] > 0.9 * run["accepted"]
