@@ -124,6 +124,7 @@ class Engine:
             stats, jobs = _admission_stats(plan), len(plan.admissions)
         if stats.rows:
             self._metrics.ticked(self.name, ended - started, stats, jobs)
+        self._tell_gears()
         self._publish()
         self._had_work_until = None if self._idle and not self.pressed else ended
         self._idle_since = ended if self._had_work_until is None else None
@@ -145,6 +146,19 @@ class Engine:
         idle_s = 0.0 if self._idle_since is None else now - self._idle_since
         for job, work in self.gears.decide(now, idle_s, self._scheduler.jobs, self._scheduler.left):
             self.task.shift(work, list(job.running))
+            self._metrics.rows_shifted.labels(self.name).inc(len(job.running))
+
+    def rest(self) -> None:
+        """Between ticks: what the gauges say of gears that recover without work."""
+        if self._idle_since is not None:
+            self._tell_gears(self._clock() - self._idle_since)
+
+    def _tell_gears(self, idle_s: float = 0.0) -> None:
+        if len(self.gears.rungs) > 1:
+            news = self.gears.news(idle_s)
+            self._metrics.geared(
+                self.name, self.gears.rungs, news.rung, vars(news.strain), news.shifts, news.floor_hits
+            )
 
     def admission_rate(self) -> float:
         """Cost per second that deadlines are judged by; 0: whatever comes begins at once, or nothing is known."""

@@ -34,6 +34,7 @@ class JobRun:
         outputs: image -> its collected output.
         cost: per row and evaluation, admission counted as one.
         rung, rungs: what it runs in (service/ladders.py), and all that any of its evaluations ran in.
+        floored: whether its own floor ever kept it from the rung that its model was at.
         saved_tick, told_ms: when its rows were last saved and its progress told (worker/progress.py).
     """
 
@@ -48,6 +49,7 @@ class JobRun:
     cost: float = 0.0
     rung: str = ""
     rungs: list[str] = field(default_factory=list)
+    floored: bool = False
     saved_tick: int | None = None
     told_ms: float = -math.inf
 
