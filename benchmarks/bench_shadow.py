@@ -3,8 +3,8 @@
     python benchmarks/bench_shadow.py [--n N] [--seed S] [--images N] [--data DIR] [--threads T]
 
 /generate: N images of each gear, seeds from S, labels in turn, with the gear's own solver and steps, against those of
-the best gear: root mean square of the pixels' difference, and what method `single` of the classifier beside them says of
-both. /classify: the first images of the test set in DIR (default: the 200 samples in the zoo) by each rung, against the
+the best gear: root mean square of the pixels' difference, and what `single` of the classifier beside them says of both.
+/classify: the first images of the test set in DIR (default: the 200 samples in the zoo) by each rung, against the
 best. Mean, 95th percentile, standard error of the mean. The last line is JSON.
 """
 

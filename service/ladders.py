@@ -6,8 +6,9 @@ Pure; gateway and worker both go by it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import cast, overload
 
@@ -18,19 +19,21 @@ Work = GenerateWork | ClassifyWork
 
 
 def rungs_of(info: ModelInfo) -> tuple[str, ...]:
-    """The model's rungs. A gear that somewhere runs more blocks than the one before is none: floors hold each step."""
+    """The model's rungs. Of gears those that differ from the best by their exits alone, and nowhere run more blocks
+    than the one before: a row may change from one to the next at any evaluation, and a floor holds at each.
+    """
     if info.task == "classify":
         return _methods(info)
     kept: list[Gear] = []
     for gear in sorted(info.gears, key=lambda gear: (-_area(gear), gear.name)):
-        if not kept or _under(gear, kept[-1]):
+        if not kept or (_like(gear, kept[0]) and _under(gear, kept[-1])):
             kept.append(gear)
     return tuple(gear.name for gear in kept)
 
 
 def _methods(info: ModelInfo) -> tuple[str, ...]:
     """An ensemble for every image, for fewer and fewer of those that are flagged, for none."""
-    points = [f"cascade@{point.cost:.4g}" for point in reversed(info.cascade)]
+    points = [f"cascade@{math.ceil(1e4 * point.cost) / 1e4}" for point in reversed(info.cascade)]  # never below
     found = {"cascade": points or ["cascade"]}
     return tuple(rung for name in CLASSIFY if name in info.methods for rung in found.get(name, [name]))
 
@@ -39,6 +42,12 @@ def _area(gear: Gear) -> float:
     """Mean blocks over diffusion time."""
     edges = (0.0, *gear.schedule.edges)
     return sum(depth * (b - a) for depth, (a, b) in zip(gear.schedule.depths, pairwise(edges), strict=True))
+
+
+def _like(gear: Gear, other: Gear) -> bool:
+    """Whether two gears have the same trajectory."""
+    names = ("solver", "steps", "guidance", "solver_options", "guidance_interval")
+    return all(getattr(gear, name) == getattr(other, name) for name in names)
 
 
 def _under(gear: Gear, other: Gear) -> bool:
@@ -61,7 +70,8 @@ def moved(work: Work, rung: str) -> Work:
     return replace(work, method=cast(MethodName, name), max_cost=float(cost) if cost else None)
 
 
-def rung_at(ladder: Sequence[str], rungs: Sequence[str], level: int) -> str:
+@lru_cache(1024)
+def rung_at(ladder: tuple[str, ...], rungs: tuple[str, ...], level: int) -> str:
     """Where work with this ladder runs when its model is at rung `level`: there, or as near above as it may go."""
     known = [rung for rung in ladder if rung in rungs] or ladder[:1]
     return next((rung for rung in known if rung in rungs and rungs.index(rung) >= level), known[-1])

@@ -43,10 +43,11 @@ def _evals(gear: Gear) -> int:
 
 
 def _above(floor: str | float | None, rungs: list[Gear], info: ModelInfo) -> list[Gear]:
+    """Without a floor that is the model's default gear, or the best where `max_compute` lies below it."""
+    names = [gear.name for gear in rungs]
     if floor is None:
-        return rungs
+        return rungs[: names.index(info.default_gear) + 1] if info.default_gear in names else rungs[:1]
     if isinstance(floor, str):
-        names = [gear.name for gear in rungs]
         if floor in names:
             return rungs[: names.index(floor) + 1]
         known = rungs_of(info)

@@ -20,7 +20,7 @@ HOLD_S = 2.0  # how long both have to hold
 MOST_HOLD_S = 32.0
 FILLED = 0.7  # share of a budget that rows running side by side may take
 MEMORY_S = 5.0
-RECENT = 16
+RECENT = 64
 
 
 class Governor:
@@ -138,9 +138,13 @@ class Queue:
 
 
 class Usual:
-    """What rows were like lately: evaluations, units of an evaluation by rung, cost; and the tightest budget."""
+    """What rows were like lately: evaluations, units of an evaluation by rung, cost.
+
+    `budget_ms`: a quarter of the recent jobs had no more; 0 before the first.
+    """
 
     def __init__(self, rungs: int) -> None:
+        self.budget_ms = 0.0
         self._rows = 0.0
         self._sums = [0.0] * (rungs + 2)
         self._budgets: deque[float] = deque(maxlen=RECENT)
@@ -152,11 +156,7 @@ class Usual:
         values = (evaluations, cost, *units)
         self._sums = [total * keep + rows * value for total, value in zip(self._sums, values, strict=True)]
         self._budgets.append(budget_ms)
-
-    @property
-    def budget_ms(self) -> float:
-        """Of the tightest recent job; 0 before the first."""
-        return min(self._budgets, default=0.0)
+        self.budget_ms = sorted(self._budgets)[len(self._budgets) // 4]
 
     def row(self) -> tuple[float, float, list[float]]:
         """Evaluations, cost and units by rung of the usual row."""

@@ -35,6 +35,7 @@ class JobRun:
         cost: per row and evaluation, admission counted as one.
         rung, rungs: what it runs in (service/ladders.py), and all that any of its evaluations ran in.
         floored: whether its own floor ever kept it from the rung that its model was at.
+        means: units of its evaluations (worker/shifting.py).
         saved_tick, told_ms: when its rows were last saved and its progress told (worker/progress.py).
     """
 
@@ -50,6 +51,7 @@ class JobRun:
     rung: str = ""
     rungs: list[str] = field(default_factory=list)
     floored: bool = False
+    means: tuple[tuple[float, ...], ...] = ()
     saved_tick: int | None = None
     told_ms: float = -math.inf
 

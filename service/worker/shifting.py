@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from service.protocol import Delivery
 from service.worker.gears import Arrivals, Governor, Queue, Row, Strain, TickTime, Usual, capacity, strain
 from service.worker.scheduler import Admission, JobRun
 
+LOOK_S = 0.01
 Means = tuple[tuple[float, ...], ...]
 AT_REST = Strain(0.0, 0.0)
 
@@ -47,6 +49,7 @@ class Shifting:
         self._strain, self._shifts, self._floor_hits = AT_REST, Counter[str](), 0
         self._info, self._slots, self._profiled = info, slots, bool(points)
         self._governor, self._usual, self._arrivals = Governor(len(self.rungs)), Usual(len(self.rungs)), Arrivals()
+        self._looked = -math.inf
         self._means = lru_cache(256)(self._mean_units)
 
     @property
@@ -69,6 +72,9 @@ class Shifting:
             idle_s: time without any work until this tick.
             left: evaluations to come for the row of a slot.
         """
+        if len(self.rungs) == 1 or now_s - self._looked < LOOK_S:
+            return []
+        self._looked = now_s
         self._arrivals.seen(now_s, self.queue)
         rows = [row for job in jobs for row in self._rows(job, now_s * 1000, left)]
         rates = [self.rate(rung) for rung in range(len(self.rungs))]
@@ -82,8 +88,6 @@ class Shifting:
             self._shifts[self.reason] += 1
         elif self.rung < before:
             self._shifts["idle" if rested < before else "calm"] += 1
-        if self._info.task == "classify":
-            return []  # its rows go on as they began
         return [(job, self.work(job)) for job in jobs if job.running and job.rung != self._rung_of(job)]
 
     def news(self, idle_s: float = 0.0) -> GearNews:
@@ -96,12 +100,12 @@ class Shifting:
     def work(self, job: JobRun) -> Any:
         """The job's work in the gear that it runs in from now on."""
         job.rung = self._rung_of(job)
-        if not job.floored and job.rung in self.rungs[: self.rung]:
-            job.floored = True
-            self._floor_hits += 1
         if job.rung not in job.rungs:
             job.rungs.append(job.rung)
         work = job.delivery.job.work
+        if not job.floored and job.rung in self.rungs[: self.rung] and job.rung == work.ladder[-1]:
+            job.floored = True
+            self._floor_hits += 1
         return moved(work, job.rung) if work.ladder else work
 
     def served(self, job: JobRun) -> Any:
@@ -135,13 +139,16 @@ class Shifting:
             self.time.measured(done, ms)
 
     def _rung_of(self, job: JobRun) -> str:
+        """Classifications keep the method that their first images were admitted with."""
         ladder = job.delivery.job.work.ladder
+        if job.rungs and self._info.task == "classify":
+            return job.rungs[0]
         return rung_at(ladder, self.rungs, self.rung) if ladder else ""
 
     def _rows(self, job: JobRun, now_ms: float, left: Callable[[int], int]) -> Iterable[Row]:
         if not job.running:
             return
-        means = self._means(_shape(job.delivery.job.work))
+        means = job.means = job.means or self._means(_shape(job.delivery.job.work))
         for slot in job.running:
             if to_come := min(left(slot), len(means)):
                 yield Row(to_come, job.deadline_ms - now_ms, means[len(means) - to_come])

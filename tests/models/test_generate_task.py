@@ -173,6 +173,28 @@ def test_step_reports_rows_evals_and_depths(task):
     assert (stats.decoded, stats.waiting) == (0, frozenset())
 
 
+def test_a_row_that_shifts_runs_the_other_exits_from_its_next_evaluation_on(task):
+    full, eco = work(gear="full", solver="ddim"), work(gear="eco", solver="ddim")
+    task.admit(full, [0], [3])
+    for done in range(6):
+        if done == 2:
+            task.shift(eco, [3])
+        task.step([3])
+    [row] = task.collect([3])
+    schedule = GEARS[1].schedule
+    times = task.trajectory("ddim", 6, eco.solver_options).u
+    assert row.exit_depths == (4, 4, *(schedule.depth(float(u)) for u in times[2:]))
+    assert row.exit_depths != (4,) * 6
+    task.admit(full, [0], [5])
+    task.shift(eco, [5])
+    task.admit(eco, [0], [6])
+    for _ in range(6):
+        task.step([5, 6])
+    shifted, named = task.collect([5, 6])
+    assert (shifted.exit_depths, shifted.layer_evals) == (named.exit_depths, named.layer_evals)
+    assert (shifted.pixels == named.pixels).all()
+
+
 def test_the_seed_decides(task):
     first, again, other = (run(task, work(seeds=(s,)))[0].pixels for s in (5, 5, 6))
     assert np.array_equal(first, again)

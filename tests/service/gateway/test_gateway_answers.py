@@ -26,7 +26,7 @@ async def test_generate_answers_in_the_documented_shape(http: httpx.AsyncClient)
     assert [Image.open(BytesIO(b64decode(i["b64"]))).getpixel((0, 0)) for i in answer["images"]] == [40, 41]
     assert answer["receipt"] == {
         "gear": "eco", "solver": "ddim", "steps": 7, "depth": 4, "exit_depths": [[4] * 7] * 2, "layer_evals": 56,
-        "layer_evals_full": 56, "compute_saved": 0.0, "overrides": ["steps"],
+        "layer_evals_full": 56, "compute_saved": 0.0, "overrides": ["steps"], "downgraded": False,
     }  # fmt: skip
     assert answer["timings"].keys() == {"queue_s", "run_s", "total_s"}
     assert (answer["timings"]["queue_s"], answer["timings"]["run_s"]) == (0.25, 0.5)
@@ -94,7 +94,7 @@ async def test_classify_answers_in_the_documented_shape(http: httpx.AsyncClient,
             "decision": "escalate",
         }
     ]  # fmt: skip
-    assert answer["receipt"] == {"method": "bridge", "cost_vs_single": 1.2}
+    assert answer["receipt"] == {"method": "bridge", "downgraded": False, "cost_vs_single": 1.2}
     assert worker.seen[0].work.images == (bytes([77]) * 784,)
 
 

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.worker.gears import (
+    HOLD_S,
+    LOOSE,
+    MOST_HOLD_S,
+    Arrivals,
+    Governor,
+    Queue,
+    Row,
+    TickTime,
+    Usual,
+    capacity,
+    strain,
+)
+
+CALM, BUSY = [0.0, 0.0, 0.0], [3.0, 2.0, 1.5]
+
+
+def after(governor: Governor, start: float, seconds: float, strains: list[float], loads: list[float]) -> float:
+    """Decide ten times a second."""
+    end = start + seconds
+    while start < end:
+        start += 0.1
+        governor.decide(start, strains, loads)
+    return start
+
+
+def test_it_goes_down_at_once_to_the_first_rung_that_does() -> None:
+    governor = Governor(3)
+    assert governor.decide(0.0, [1.2, 0.9, 0.5], CALM) == 1
+    assert governor.decide(0.1, [1.2, 1.1, 0.9], CALM) == 2
+    assert governor.decide(0.2, BUSY, CALM) == 2
+
+
+def test_where_nothing_does_it_goes_to_the_last() -> None:
+    assert Governor(3).decide(0.0, BUSY, CALM) == 2
+
+
+def test_it_climbs_a_rung_at_a_time_after_a_calm() -> None:
+    governor = Governor(3)
+    governor.decide(0.0, BUSY, CALM)
+    now = after(governor, 0.0, HOLD_S - 0.2, CALM, CALM)
+    assert governor.rung == 2
+    now = after(governor, now, 0.5, CALM, CALM)
+    assert governor.rung == 1
+    after(governor, now, HOLD_S + 0.3, CALM, CALM)
+    assert governor.rung == 0
+
+
+@pytest.mark.parametrize(
+    ("strains", "loads"), [([LOOSE + 0.01, 0.2, 0.1], CALM), (CALM, [0.86, 0.5, 0.4])], ids=["strain", "load"]
+)
+def test_it_does_not_climb_where_it_could_not_stay(strains: list[float], loads: list[float]) -> None:
+    governor = Governor(3)
+    governor.decide(0.0, [1.5, 0.5, 0.4], loads)
+    after(governor, 0.0, 60.0, strains, loads)
+    assert governor.rung == 1
+
+
+def test_an_idle_service_is_back_at_the_best() -> None:
+    governor = Governor(3)
+    governor.decide(0.0, BUSY, CALM)
+    assert governor.decide(10.0, CALM, CALM, idle_s=HOLD_S + 0.1) == 1
+    assert governor.decide(20.0, CALM, CALM, idle_s=9.0) == 0
+
+
+def test_climbs_that_do_not_last_come_rarer() -> None:
+    """A load that looks calm below and strains above: the swings stop, and calm is asked for anew when it changes."""
+    governor, now, climbs, last = Governor(2), 0.0, [0.0], 0
+    while now < 300.0:
+        now += 0.1
+        governor.decide(now, [1.5 if governor.rung == 0 else 0.1, 0.1], CALM)
+        if governor.rung < last:
+            climbs.append(now)
+        last = governor.rung
+    gaps = [b - a for a, b in pairwise(climbs)]
+    assert gaps[:3] == sorted(gaps[:3])
+    assert gaps[-1] > MOST_HOLD_S - 1
+    assert len(climbs) < 20
+
+
+levels = st.lists(st.floats(0, 4), min_size=3, max_size=3).map(lambda values: sorted(values, reverse=True))
+
+
+@settings(max_examples=200, deadline=None)
+@given(seen=st.lists(st.tuples(st.floats(0.01, 1.0), levels, levels), max_size=200))
+def test_it_never_flaps(seen: list[tuple[float, list[float], list[float]]]) -> None:
+    """Whatever it sees: no two climbs within HOLD_S, and it only goes down under strain."""
+    governor, now, last_climb = Governor(3), 0.0, float("-inf")
+    for step, strains, loads in seen:
+        now += step
+        before = governor.rung
+        after_ = governor.decide(now, strains, loads)
+        if after_ < before:
+            assert after_ == before - 1
+            assert now - last_climb >= HOLD_S
+            assert strains[after_] <= LOOSE
+            last_climb = now
+        elif after_ > before:
+            assert strains[before] > 1
+            assert after_ == 2 or strains[after_] <= 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(strains=levels, more=st.floats(1.0, 3.0), start=st.integers(0, 2))
+def test_more_strain_never_gives_a_better_rung(strains: list[float], more: float, start: int) -> None:
+    mild, hard = Governor(3), Governor(3)
+    mild.rung = hard.rung = start
+    assert mild.decide(0.0, strains, CALM) <= hard.decide(0.0, [more * s for s in strains], CALM)
+
+
+def test_a_curve_is_straight_between_its_points_and_beyond() -> None:
+    time = TickTime([(16, 10.0), (32, 14.0), (64, 26.0)])
+    assert [time.ms(units) for units in (8, 16, 24, 32, 48, 128)] == [10.0, 10.0, 12.0, 14.0, 20.0, 50.0]
+
+
+def test_one_factor_follows_the_present() -> None:
+    time = TickTime([(16, 10.0), (32, 14.0)])
+    for _ in range(2000):
+        time.measured(32, 28.0)
+    assert time.ms(16) == pytest.approx(20.0, rel=0.01)
+
+
+def test_without_a_curve_time_is_unknown_then_proportional() -> None:
+    time = TickTime()
+    assert (time.known, time.ms(5)) == (False, 0.0)
+    time.measured(4, 20.0)
+    assert time.ms(8) == pytest.approx(40.0)
+
+
+def usual(budget_ms: float = 1000.0) -> Usual:
+    """Rows of 10 evaluations of 16 units, 10 in the cheap rung, cost 160."""
+    made = Usual(2)
+    made.saw(4, 10, (16.0, 10.0), 160.0, budget_ms)
+    return made
+
+
+def test_capacity_is_that_of_as_many_rows_as_end_in_time() -> None:
+    time = TickTime([(16, 10.0), (160, 100.0)])
+    # 10 ticks of n * 10 ms within 700 ms: 7 rows, 1120 of cost in 0.7 s
+    assert capacity(usual(), time, 64, 0) == pytest.approx(1600.0)
+    assert capacity(usual(), time, 2, 0) == pytest.approx(1600.0)
+    assert capacity(usual(1.0), time, 64, 0) == pytest.approx(1600.0), "at least one row"
+    assert capacity(usual(), time, 64, 1) == pytest.approx(2560.0, rel=0.01)
+
+
+def test_side_by_side_pays_where_a_tick_has_a_price_of_its_own() -> None:
+    time = TickTime([(16, 10.0), (160, 20.0)])
+    assert capacity(usual(), time, 64, 0) > 3 * capacity(usual(100.0), time, 64, 0)
+
+
+def test_nothing_is_known_before_the_first_job() -> None:
+    assert capacity(Usual(2), TickTime([(1, 1.0)]), 4, 0) == 0.0
+    assert capacity(usual(), TickTime(), 4, 0) == 0.0
+
+
+def test_a_budget_counts_that_a_quarter_of_the_recent_jobs_have() -> None:
+    """One client in a hurry is not enough to judge all others by what it needs."""
+    made = usual(1000.0)
+    for i in range(63):
+        made.saw(1, 10, (16.0, 10.0), 160.0, 100.0 if i < 10 else 800.0)
+    assert made.budget_ms == 800.0
+    for _ in range(20):
+        made.saw(1, 10, (16.0, 10.0), 160.0, 100.0)
+    assert made.budget_ms == 100.0
+
+
+def test_strain_of_rows_and_of_the_queue() -> None:
+    time, rows = TickTime([(16, 10.0), (160, 100.0)]), [Row(5, 850.0, (16.0, 10.0)), Row(10, 425.0, (16.0, 10.0))]
+    found = strain(rows, Queue(), usual(), time, 1600.0, 0)
+    assert (found.running, found.waiting) == (pytest.approx(10 * 20.0 / 425.0 / 0.85), 0.0)
+    found = strain([], Queue(backlog=1600.0, workers=2), usual(), time, 1600.0, 0)
+    assert (found.running, found.waiting) == (0.0, pytest.approx(0.5 / 0.5))
+    assert strain(rows, Queue(1e9), usual(), time, 0.0, 0).waiting == 0.0, "unknown is no strain"
+    assert strain([Row(3, -50.0, (16.0, 10.0))], Queue(), usual(), time, 0.0, 0).running > 10
+
+
+def test_arrivals_count_what_is_asked_of_each_worker() -> None:
+    arrivals = Arrivals()
+    for i in range(100):
+        arrivals.seen(0.1 * i, Queue(asked=20.0 * i, workers=2))
+    assert arrivals.per_second() == pytest.approx(100.0)
+    arrivals.seen(9.9, Queue(asked=5000.0))
+    assert arrivals.per_second() == pytest.approx(100.0), "no time has passed"
+    arrivals.seen(11.0, Queue(asked=0.0))
+    assert 0 < arrivals.per_second() < 100.0, "a counter that began again"
