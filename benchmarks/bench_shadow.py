@@ -1,6 +1,6 @@
 """What shadow quality will show: how far each rung of the models that ship is from the best one, for the same work.
 
-    python benchmarks/bench_shadow.py [--n N] [--seed S] [--images N] [--data DIR] [--threads T]
+    python benchmarks/bench_shadow.py [--n N] [--seed S] [--label L] [--images N] [--data DIR] [--threads T]
 
 /generate: N images of each gear, seeds from S, labels in turn, with the gear's own solver and steps, against those of
 the best gear: root mean square of the pixels' difference, and what `single` of the classifier beside them says of both.
@@ -53,14 +53,16 @@ def judged(judge: Task[Any, Any], images: Sequence[Any]) -> list[tuple[float, ..
     return [row.probabilities for row in answered(judge, work)]
 
 
-def drawn(task: Task[Any, Any], judge: Task[Any, Any] | None, n: int, seed: int) -> Iterator[tuple[str, list[Any]]]:
+def drawn(
+    task: Task[Any, Any], judge: Task[Any, Any] | None, n: int, seed: int, label: int | None
+) -> Iterator[tuple[str, list[Any]]]:
     """Each gear's images against the best gear's: gaps of every image, by kind."""
     rungs = rungs_of(task.info)
     gears = {gear.name: gear for gear in task.info.gears}
     best = gears[rungs[0]]
     work = GenerateWork(
         model=task.info.name,
-        labels=tuple(i % len(task.info.labels) for i in range(n)),
+        labels=tuple(i % len(task.info.labels) if label is None else label for i in range(n)),
         seeds=tuple(range(seed, seed + n)),
         steps=best.steps,
         solver=best.solver,
@@ -101,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=100, help="images of each gear")
     parser.add_argument("--seed", type=int, default=0, help="first seed")
+    parser.add_argument("--label", type=int, help="of all images of /generate; default: all labels in turn")
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST, for /classify")
     parser.add_argument("--images", type=int, default=2000, help="test images of DIR")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
@@ -111,7 +114,7 @@ def main() -> None:
     lines = []
     for task in tasks:
         if task.info.task == "generate":
-            found = drawn(task, judge_of(task.info, tasks), args.n, args.seed)
+            found = drawn(task, judge_of(task.info, tasks), args.n, args.seed, args.label)
         else:
             found = classified(task, images)
         for rung, gaps in found:

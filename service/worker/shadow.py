@@ -142,6 +142,8 @@ def alone(task: Task[Any, Any], work: Work) -> Generator[None, None, Any]:
         stats = task.step((SLOT,))
         if SLOT not in stats.waiting:
             left = 0 if SLOT in stats.finished else left - 1
+        if left > 0:
+            task.save((SLOT,))  # waits for a device that computes behind the host's back
         yield
     [row] = task.collect((SLOT,))
     return row
