@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -267,4 +268,16 @@ class GenerateTask:
 
     def receipt(self, work: GenerateWork, rows: Sequence[GeneratedRow]) -> dict[str, object]:
         """What the answer cost, as counted by the executor."""
-        return receipt(work, rows, self.model.depth)
+        return receipt(replace(work, gear=self._served(work, rows)), rows, self.model.depth)
+
+    def _served(self, work: GenerateWork, rows: Sequence[GeneratedRow]) -> str:
+        """The cheapest gear of the ladder that shows: an evaluation ran fewer blocks than the gear before it would."""
+        if not work.ladder:
+            return work.gear
+        times = self.trajectory(work.solver, work.steps, work.solver_options).u
+        served = work.ladder[0]
+        for better, gear in pairwise(work.ladder):
+            depths = plan(self.gears[better].schedule, times)
+            if any(ran < depth for row in rows for ran, depth in zip(row.exit_depths, depths, strict=True)):
+                served = gear
+        return served

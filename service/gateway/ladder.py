@@ -3,43 +3,55 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-from models.api import ClassifyParams, Gear, GenerateParams, ModelInfo, planned_layer_evals
+from models.api import (
+    ClassifyParams,
+    ExitSchedule,
+    Gear,
+    GenerateParams,
+    GenerateWork,
+    ModelInfo,
+    planned_layer_evals,
+)
 from service.errors import BadRequest, UnknownName
-from service.ladders import CLASSIFY, rungs_of
+from service.ladders import CLASSIFY, method_time, rungs_of
 
 AUTO = "auto"
 
 
-def gears_for(params: GenerateParams, info: ModelInfo) -> tuple[str, ...]:
-    """Gears of a request, best first: those that keep `max_compute` and `floor`; none for a named gear.
+def gears_for(params: GenerateParams, info: ModelInfo, work: GenerateWork) -> tuple[str, ...]:
+    """Gears of a request for `auto`, best first: those that keep `max_compute` and `floor`.
+
+    `work` has the steps, solver and guidance that the request asks for, which decide what a gear takes.
 
     Raises:
-        BadRequest, UnknownName: a floor that no gear has, a `max_compute` that none keeps, or either of a named gear.
+        BadRequest, UnknownName: a floor that no gear has, or a `max_compute` that none keeps.
     """
-    if params.gear != AUTO:
-        for name in ("floor", "max_compute"):
-            if getattr(params, name) is not None:
-                raise BadRequest("a named gear is never changed: drop it, or ask for gear auto", field=name)
-        return ()
-    gears = {gear.name: gear for gear in info.gears}
-    rungs = [gears[name] for name in rungs_of(info)]
-    return tuple(gear.name for gear in _above(params.floor, _within(params.max_compute, rungs), info))
+    rungs = [gear for name in rungs_of(info) for gear in info.gears if gear.name == name]
+    return tuple(gear.name for gear in _above(params.floor, _within(params.max_compute, rungs, info, work), info))
 
 
-def _within(most: float | None, rungs: list[Gear]) -> list[Gear]:
+def refuse_of_named(params: GenerateParams) -> None:
+    """BadRequest for what only gear `auto` has."""
+    for name in ("floor", "max_compute"):
+        if getattr(params, name) is not None:
+            raise BadRequest("a named gear is never changed: drop it, or ask for gear auto", field=name)
+
+
+def _within(most: float | None, rungs: list[Gear], info: ModelInfo, work: GenerateWork) -> list[Gear]:
     if most is None:
         return rungs
-    whole = _evals(rungs[0])
-    kept = [gear for gear in rungs if _evals(gear) <= most * whole]
-    if not kept:
-        least = math.ceil(100 * _evals(rungs[-1]) / whole) / 100
+    whole = _evals(replace(rungs[0], schedule=ExitSchedule((1.0,), (info.depth,))), work)
+    shares = [_evals(gear, work) / whole for gear in rungs]
+    if shares[-1] > most:
+        least = math.ceil(100 * shares[-1]) / 100
         raise BadRequest(f"must be at least {least:g}, what gear {rungs[-1].name} takes", field="max_compute")
-    return kept
+    return [gear for gear, share in zip(rungs, shares, strict=True) if share <= most]
 
 
-def _evals(gear: Gear) -> int:
-    return planned_layer_evals(gear, 100, 1.0, 1)
+def _evals(gear: Gear, work: GenerateWork) -> int:
+    return planned_layer_evals(gear, work.steps, work.guidance, 1, work.solver, work.guidance_interval)
 
 
 def _above(floor: str | float | None, rungs: list[Gear], info: ModelInfo) -> list[Gear]:
@@ -52,21 +64,17 @@ def _above(floor: str | float | None, rungs: list[Gear], info: ModelInfo) -> lis
             return rungs[: names.index(floor) + 1]
         known = rungs_of(info)
         if floor in known:
-            raise BadRequest(
-                f"gear {floor} takes more than max_compute allows: raise it, or lower the floor", field="floor"
-            )
+            raise BadRequest(f"gear {floor} takes more than max_compute allows: lower it", field="floor")
         raise UnknownName(f"unknown gear {floor!r}; a floor is one of {', '.join(known)}, or a number", field="floor")
     fit = [gear for gear in rungs if gear.class_accuracy is not None and gear.class_accuracy >= floor]
     if not fit:
         best = max((gear.class_accuracy or 0.0 for gear in rungs), default=0.0)
-        raise BadRequest(
-            f"no gear that is allowed has a class accuracy of {floor:g}; the best has {best:g}", field="floor"
-        )
-    return rungs[: rungs.index(fit[-1]) + 1]
+        raise BadRequest(f"no allowed gear has a class accuracy of {floor:g}; the best has {best:g}", field="floor")
+    return fit
 
 
 def methods_for(params: ClassifyParams, info: ModelInfo) -> tuple[str, ...]:
-    """Rungs of a classification, best first; none for a named method.
+    """Rungs of a classification, best first, none cheaper than `floor`; none at all for a named method.
 
     Raises:
         BadRequest, UnknownName: a floor that the model does not have, or an option that only a named method has.
@@ -82,17 +90,14 @@ def methods_for(params: ClassifyParams, info: ModelInfo) -> tuple[str, ...]:
     if not rungs:
         raise BadRequest(f"{info.name} has none of {', '.join(CLASSIFY)}: name a method", field="method")
     if params.alpha is not None:
-        rungs = tuple(rung for rung in rungs if _method(rung) in info.sets)
+        rungs = tuple(rung for rung in rungs if rung.partition("@")[0] in info.sets)
         if not rungs:
             raise BadRequest(f"{info.name} has no calibrated prediction sets", field="alpha")
     if params.floor is None:
         return rungs
-    kept = [i for i, rung in enumerate(rungs) if _method(rung) == params.floor]
-    if not kept:
-        known = ", ".join(dict.fromkeys(map(_method, rungs)))
-        raise UnknownName(f"{params.floor!r} is no floor of {info.name}; known: {known}", field="floor")
-    return rungs[: kept[-1] + 1]
-
-
-def _method(rung: str) -> str:
-    return rung.partition("@")[0]
+    if params.floor not in info.methods:
+        raise UnknownName(
+            f"{info.name} has no method {params.floor!r}; known: {', '.join(info.methods)}", field="floor"
+        )
+    least = method_time(params.floor, info)
+    return tuple(rung for rung in rungs if method_time(rung, info) >= least) or rungs[:1]

@@ -22,8 +22,8 @@ from models.api import (
     SolverOptions,
 )
 from service.errors import BadRequest, NoWorker, UnknownName
-from service.gateway.ladder import AUTO, gears_for, methods_for
-from service.ladders import moved
+from service.gateway.ladder import AUTO, gears_for, methods_for, refuse_of_named
+from service.ladders import moved, rungs_of
 
 _MASK = 2**64 - 1
 
@@ -47,8 +47,9 @@ def generate_work(params: GenerateParams, info: ModelInfo, image_format: ImageFo
     `overrides`. Image i has seed (seed + i) mod 2^53 and, where no label was asked for, the label
     that this seed hashes to: one image's label never depends on its neighbours.
     """
-    ladder = gears_for(params, info)
-    gear = pick_gear(info, ladder[0] if ladder else params.gear)
+    if params.gear != AUTO:
+        refuse_of_named(params)
+    gear = pick_gear(info, next(iter(rungs_of(info)), AUTO) if params.gear == AUTO else params.gear)
     solver = pick_solver(info, params.solver or gear.solver)
     mine = gear.solver_options if solver == gear.solver else SolverOptions()
     asked: dict[str, Any] = {
@@ -62,16 +63,19 @@ def generate_work(params: GenerateParams, info: ModelInfo, image_format: ImageFo
     base = secrets.randbelow(SEED_LIMIT) if params.seed is None else params.seed
     seeds = tuple((base + i) % SEED_LIMIT for i in range(params.n))
     label = None if params.label is None else pick_label(info.labels, params.label)
-    return GenerateWork(
+    work = GenerateWork(
         model=info.name,
         labels=tuple(splitmix64(seed) % len(info.labels) if label is None else label for seed in seeds),
         seeds=seeds,
         gear=gear.name,
         overrides=tuple(key for key, value in chosen.items() if value != getattr(gear, key)),
-        ladder=ladder,
         format=image_format,
         **chosen,
     )
+    if params.gear != AUTO:
+        return work
+    ladder = gears_for(params, info, work)
+    return replace(work, gear=ladder[0], ladder=ladder)
 
 
 def classify_work(params: ClassifyParams, info: ModelInfo, images: Sequence[bytes]) -> ClassifyWork:

@@ -66,7 +66,7 @@ class Engine:
         self._withdrawn: set[str] = set()
         self._suspending = False
         self._had_work_until: float | None = None
-        self._idle_since: float | None = None
+        self._ended = clock()
         self._rested = True
         self.pressed = False
         self._publish()
@@ -106,8 +106,8 @@ class Engine:
         self._rested = not self._scheduler.jobs
         if self._receive():
             return Tick([], suspended=self._let_go())
-        self._shift(started)
         plan = self._scheduler.schedule(started * 1000, self.rate.pace())
+        self._shift(started)
         over = [self._late(job, started) for job in plan.expired]
         over += [self._late(job, started, "hopeless") for job in plan.hopeless]
         for admission in plan.admissions:
@@ -127,7 +127,7 @@ class Engine:
         self._tell_gears()
         self._publish()
         self._had_work_until = None if self._idle and not self.pressed else ended
-        self._idle_since = ended if self._had_work_until is None else None
+        self._ended = ended
         return Tick(over, news)
 
     def _measure(self, started: float, ended: float, cost: float, stats: StepStats | None, plan: Plan) -> None:
@@ -143,15 +143,16 @@ class Engine:
 
     def _shift(self, now: float) -> None:
         """Look at the load; rows that run change gear from their next evaluation on."""
-        idle_s = 0.0 if self._idle_since is None else now - self._idle_since
+        idle_s = now - self._ended if self._rested else 0.0
         for job, work in self.gears.decide(now, idle_s, self._scheduler.jobs, self._scheduler.left):
-            self.task.shift(work, list(job.running))
-            self._metrics.rows_shifted.labels(self.name).inc(len(job.running))
+            slots = [slot for slot in job.running if self._scheduler.left(slot) is not None]
+            self.task.shift(work, slots)
+            self._metrics.rows_shifted.labels(self.name).inc(len(slots))
 
     def rest(self) -> None:
         """Between ticks: what the gauges say of gears that recover without work."""
-        if self._idle_since is not None:
-            self._tell_gears(self._clock() - self._idle_since)
+        if not self._scheduler.jobs:
+            self._tell_gears(self._clock() - self._ended)
 
     def _tell_gears(self, idle_s: float = 0.0) -> None:
         if len(self.gears.rungs) > 1:
@@ -180,8 +181,8 @@ class Engine:
             withdrawn, self._withdrawn = self._withdrawn, set()
             suspending, self._suspending = self._suspending, False
             for delivery, offered_ms in inbox:
-                self._scheduler.add(delivery, offered_ms, evaluations_of(delivery))
-                self.gears.received(delivery)
+                least = self.gears.received(delivery)
+                self._scheduler.add(delivery, offered_ms, evaluations_of(delivery), least)
             for attempt in withdrawn:
                 self._scheduler.drop(attempt)
             self._free = self._scheduler.free_rows()
@@ -262,7 +263,7 @@ class Engine:
 
     def _completed(self, job: JobRun) -> Finished:
         rows = tuple(job.rows())
-        receipt = self.task.receipt(self.gears.served(job), rows) | self.gears.receipt(job)
+        receipt = self.gears.receipt(job, self.task.receipt(self.gears.work(job), rows))
         now = self._clock()
         queue_s, run_s = self._times(job, now)
         if now * 1000 > job.deadline_ms:

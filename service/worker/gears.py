@@ -13,19 +13,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 RUNNING = 0.85  # share of what is left of a deadline that a running row may take
-WAITING = 0.5  # share of a budget that the queue may take to drain; admission refuses beyond 0.7
+WAITING = 0.5  # share of a budget that a queue may take to drain; admission refuses beyond 0.7
 LOOSE = 0.6  # strain up to which the rung above may be taken
 SPARE = 0.85  # load up to which it may be
 HOLD_S = 2.0  # how long both have to hold
 MOST_HOLD_S = 32.0
 FILLED = 0.7  # share of a budget that rows running side by side may take
+BESIDE = 1.2  # how much slower than alone rows may be side by side, whatever the budget
+DOOMED = 1.3  # times over its deadline, at the cheapest rung, from which no gear helps a row
 MEMORY_S = 5.0
+LONGEST_S, WORST = 0.25, 4.0  # a tick speaks for so long at most, and for so many times what was expected
 RECENT = 64
 
 
 class Governor:
-    """Which rung to be in: down at once, up one at a time after a calm. A climb that did not last doubles the calm
-    that the next one needs, so that a load between two rungs does not make it swing."""
+    """Which rung to be in: down at once under strain, or while more is asked for than it can do; up one at a time
+    after a calm. A climb that did not last doubles the calm that the next one needs, so that a load between two rungs
+    does not make it swing."""
 
     def __init__(self, rungs: int) -> None:
         self.rung, self._rungs = 0, rungs
@@ -36,8 +40,9 @@ class Governor:
     def decide(self, now_s: float, strains: Sequence[float], loads: Sequence[float], idle_s: float = 0.0) -> int:
         """The rung from now on; `idle_s`: time without work until just now, which counts as calm."""
         self._rest(idle_s)
-        if strains[self.rung] > 1 and self.rung < self._rungs - 1:
-            self._descend(now_s, strains)
+        enough = [strain <= 1 and (strain <= LOOSE or load <= 1) for strain, load in zip(strains, loads, strict=True)]
+        if not enough[self.rung] and self.rung < self._rungs - 1:
+            self._descend(now_s, enough)
         elif self.rung:
             self._climb(now_s, strains[self.rung - 1] <= LOOSE and loads[self.rung - 1] <= SPARE)
         return self.rung
@@ -50,14 +55,14 @@ class Governor:
         if idle_s >= HOLD_S:
             self.rung, self._hold_s, self._calm_since = self.rested(idle_s), HOLD_S, None
 
-    def _descend(self, now_s: float, strains: Sequence[float]) -> None:
+    def _descend(self, now_s: float, enough: Sequence[bool]) -> None:
         lasted = now_s - self._climbed
         if lasted < 2 * self._hold_s:
             self._hold_s = min(MOST_HOLD_S, 2 * self._hold_s)
         elif lasted > 2 * MOST_HOLD_S:
             self._hold_s = HOLD_S
         below = range(self.rung + 1, self._rungs)
-        self.rung = next((rung for rung in below if strains[rung] <= 1), self._rungs - 1)
+        self.rung = next((rung for rung in below if enough[rung]), self._rungs - 1)
         self._calm_since = None
 
     def _climb(self, now_s: float, calm: bool) -> None:
@@ -79,28 +84,25 @@ class TickTime:
     def __init__(self, points: Sequence[tuple[float, float]] = ()) -> None:
         self._units = [units for units, _ in points]
         self._curve = [ms for _, ms in points]
-        self._sums = (0.0, 0.0)
+        self._factor = 1.0 if points else 0.0
 
     @property
     def known(self) -> bool:
         """Whether anything was measured."""
-        return bool(self._curve) or self._sums[1] > 0
+        return self._factor > 0
 
     def measured(self, units: float, ms: float) -> None:
         """A tick with so much work took so long."""
-        keep = math.exp(-ms / 1000 / MEMORY_S)
-        total, expected = self._sums
-        self._sums = (total * keep + ms, expected * keep + self._base(units))
+        found = ms / self._base(units)
+        if not self.known:
+            self._factor = found
+            return
+        keep = math.exp(-min(ms / 1000, LONGEST_S) / MEMORY_S)
+        self._factor = keep * self._factor + (1 - keep) * min(found, WORST * self._factor)
 
     def ms(self, units: float) -> float:
         """What a tick with so much work takes now; 0 while unknown."""
-        if not self._curve and not self._sums[1]:
-            return 0.0
-        return self._factor() * self._base(units)
-
-    def _factor(self) -> float:
-        total, expected = self._sums
-        return total / expected if expected > 0 else 1.0
+        return self._factor * self._base(units)
 
     def _base(self, units: float) -> float:
         """The curve: straight between its points and beyond the last; the first point's time is the least."""
@@ -128,7 +130,7 @@ class Queue:
 
     Attributes:
         backlog: cost queued and running, of all workers.
-        asked: cost of all that was ever asked for, refused work included.
+        asked: cost of all that was ever asked for and could have been done in time by an idle service.
         workers: live ones, at least 1.
     """
 
@@ -149,14 +151,16 @@ class Usual:
         self._sums = [0.0] * (rungs + 2)
         self._budgets: deque[float] = deque(maxlen=RECENT)
 
-    def saw(self, rows: int, evaluations: int, units: Sequence[float], cost: float, budget_ms: float) -> None:
-        """A job: its rows, each of which has so many evaluations, units by rung, and cost."""
+    def saw(self, rows: int, evaluations: int, units: Sequence[float], cost: float, budget_ms: float | None) -> None:
+        """A job: its rows, each of which has so many evaluations, units by rung, and cost; None for a budget that no
+        rung could keep."""
         keep = math.exp(-rows / RECENT)
         self._rows = self._rows * keep + rows
         values = (evaluations, cost, *units)
         self._sums = [total * keep + rows * value for total, value in zip(self._sums, values, strict=True)]
-        self._budgets.append(budget_ms)
-        self.budget_ms = sorted(self._budgets)[len(self._budgets) // 4]
+        if budget_ms is not None:
+            self._budgets.append(budget_ms)
+            self.budget_ms = sorted(self._budgets)[len(self._budgets) // 4]
 
     def row(self) -> tuple[float, float, list[float]]:
         """Evaluations, cost and units by rung of the usual row."""
@@ -165,11 +169,12 @@ class Usual:
 
 
 def capacity(usual: Usual, time: TickTime, slots: int, rung: int) -> float:
-    """Cost per second in `rung`: as many rows side by side as end within `FILLED` of their budget, at least one."""
+    """Cost per second in `rung`: as many rows side by side as end within `FILLED` of their budget, or slow each other
+    down by no more than `BESIDE`."""
     if not usual.budget_ms or not time.known:
         return 0.0
     evaluations, cost, units = usual.row()
-    allowed = FILLED * usual.budget_ms
+    allowed = max(FILLED * usual.budget_ms, BESIDE * evaluations * time.ms(units[rung]))
     fits, most = 1, slots
     while fits < most:
         rows = (fits + most + 1) // 2
@@ -189,12 +194,21 @@ class Strain:
     waiting: float
 
 
-def strain(rows: Sequence[Row], queue: Queue, usual: Usual, time: TickTime, rate: float, rung: int) -> Strain:
-    """Strain of `rung`, were all rows in it; `rate`: what it can do, cost per second."""
-    tick_ms = time.ms(sum(row.units[rung] for row in rows))
-    running = max((row.left * tick_ms / max(1.0, row.slack_ms) for row in rows), default=0.0)
-    spent = queue.backlog / queue.workers / rate * 1000 / usual.budget_ms if rate > 0 else 0.0
-    return Strain(running / RUNNING, spent / WAITING)
+def strain(
+    rows: Sequence[Row], queued: float, held: float, budget_ms: float, time: TickTime, rates: Sequence[float]
+) -> list[Strain]:
+    """Strain of each rung, were all rows in it.
+
+    Args:
+        queued, held: cost that waits for one worker, and that it has in hand.
+        budget_ms: what the queue is measured by.
+        rates: what each rung can do, cost per second; 0 where unknown.
+    """
+    ticks = [time.ms(sum(row.units[rung] for row in rows)) for rung in range(len(rates))]
+    saved = [row for row in rows if 0 < row.left * ticks[-1] < DOOMED * row.slack_ms]
+    tightest = max((row.left / row.slack_ms for row in saved), default=0.0)
+    drained = [1000 * (held + queued) / rate / budget_ms if queued > 0 and rate > 0 else 0.0 for rate in rates]
+    return [Strain(tightest * tick / RUNNING, spent / WAITING) for tick, spent in zip(ticks, drained, strict=True)]
 
 
 class Arrivals:
@@ -202,19 +216,17 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._last: tuple[float, float] | None = None
-        self._sums = (0.0, 0.0)
+        self._rate = 0.0
 
     def seen(self, now_s: float, queue: Queue) -> None:
         """What the counter stands at now."""
         if self._last is not None and now_s > self._last[0]:
             seconds, cost = now_s - self._last[0], max(0.0, queue.asked - self._last[1]) / queue.workers
             keep = math.exp(-seconds / MEMORY_S)
-            total, spent = self._sums
-            self._sums = (total * keep + cost, spent * keep + seconds)
+            self._rate = keep * self._rate + (1 - keep) * cost / seconds
         if self._last is None or now_s > self._last[0]:
             self._last = (now_s, queue.asked)
 
     def per_second(self) -> float:
         """0 while unknown."""
-        total, spent = self._sums
-        return total / spent if spent > 0 else 0.0
+        return self._rate

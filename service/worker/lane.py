@@ -94,7 +94,7 @@ class Lane:
         while wanted() and not self.draining.is_set():
             self.room.clear()
             free = self._free_seen = self.engine.free_rows()
-            if self.stalled or not free or self._alone_in_hand or self._quarantine.forbids(self):
+            if self.stalled or self._alone_in_hand or self._quarantine.forbids(self):
                 await self._for_room()
                 continue
             try:
@@ -121,21 +121,21 @@ class Lane:
             settings.result_ttl_s,
             reclaim,
         )
-        if reclaim and not taken.lapsed:
+        if reclaim and free and not taken.lapsed:
             self._reclaim_at = now + RECLAIM_S
+        self.engine.gears.queue = Queue(taken.backlog, taken.asked, max(1, taken.workers))
         for delivery in taken.deliveries:
             self._receive(delivery)
             self._free_seen = max(0, self._free_seen - delivery.job.work.rows)
-        self.engine.gears.queue = Queue(taken.backlog, taken.asked, max(1, taken.workers))
         self.engine.pressed = taken.full or not self._free_seen
         for wake, outcome in taken.ended:
             self._metrics.outcomes.labels(self.model, outcome).inc()
             if outcome == "expired":
                 self._metrics.deadline_missed.labels(self.model, "waiting").inc()
             self._spawn(self._answering.wake([wake]))
-        if taken.full:
+        if taken.full or not self._free_seen:
             await self._for_room()
-        elif self._free_seen:
+        else:
             await self._broker.wait(self.model, taken.cursors, WAIT_MS)
 
     async def _for_room(self) -> None:

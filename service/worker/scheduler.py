@@ -33,9 +33,10 @@ class JobRun:
         running: slot -> image.
         outputs: image -> its collected output.
         cost: per row and evaluation, admission counted as one.
-        rung, rungs: what it runs in (service/ladders.py), and all that any of its evaluations ran in.
+        rung, why: what it runs in (service/ladders.py), empty for what it named, and why that is not the best.
         floored: whether its own floor ever kept it from the rung that its model was at.
         means: units of its evaluations (worker/shifting.py).
+        least: share of its cost that it takes in the cheapest gear that it allows.
         saved_tick, told_ms: when its rows were last saved and its progress told (worker/progress.py).
     """
 
@@ -49,7 +50,8 @@ class JobRun:
     admitted_ms: float | None = None
     cost: float = 0.0
     rung: str = ""
-    rungs: list[str] = field(default_factory=list)
+    why: str = ""
+    least: float = 1.0
     floored: bool = False
     means: tuple[tuple[float, ...], ...] = ()
     saved_tick: int | None = None
@@ -122,14 +124,14 @@ class Scheduler:
             spoken += job.unfinished
         return max(0, self.capacity - spoken)
 
-    def add(self, delivery: Delivery, now_ms: float, evaluations: int = 0) -> None:
+    def add(self, delivery: Delivery, now_ms: float, evaluations: int = 0, least: float = 1.0) -> None:
         """Take charge of a job; its deadline is carried over from Redis TIME to the clock of `now_ms`.
 
-        Every row needs at least `evaluations`.
+        Every row needs at least `evaluations`, and of the job's cost at least the share `least`.
         """
         deadline = now_ms + delivery.deadline_ms - delivery.taken_ms
         waiting = deque(range(delivery.job.work.rows))
-        self._jobs[delivery.attempt] = JobRun(delivery, deadline, now_ms, waiting, evaluations)
+        self._jobs[delivery.attempt] = JobRun(delivery, deadline, now_ms, waiting, evaluations, least=least)
 
     def schedule(self, now_ms: float, pace: Pace = UNMEASURED) -> Plan:
         """Let jobs go that are late or will be, then give free slots to waiting rows, least slack first.
@@ -170,7 +172,7 @@ class Scheduler:
             return False
         ticks = self._ticks(job, fresh)
         beside = sum(self._owner[slot].cost * min(left, ticks) for slot, left in self._left.items())
-        work = job.delivery.job.cost * fresh / rows + beside
+        work = job.least * (job.delivery.job.cost * fresh / rows + beside)
         return work * pace.ms_per_cost > (job.deadline_ms - now_ms) * MARGIN
 
     def _may_enter(self, job: JobRun) -> bool:
@@ -207,9 +209,9 @@ class Scheduler:
             left = self._left[slot] = 0 if slot in finished else before - 1
             self.drained += self._owner[slot].cost * (before - left)
 
-    def left(self, slot: int) -> int:
-        """Evaluations to come for the row in `slot`, at most."""
-        return self._left.get(slot, 0)
+    def left(self, slot: int) -> int | None:
+        """Evaluations to come for the row in `slot`, at most; None for one that was placed but not admitted."""
+        return self._left.get(slot)
 
     def progress(self, job: JobRun) -> tuple[int, int]:
         """Evaluations that a job's rows have had, and will have had at most."""

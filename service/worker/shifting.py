@@ -45,11 +45,10 @@ class Shifting:
         self.rungs = (rungs_of(info) or ("",))[: None if adapt else 1]
         self.queue = Queue()
         self.time = TickTime(points)
-        self.reason = ""
         self._strain, self._shifts, self._floor_hits = AT_REST, Counter[str](), 0
         self._info, self._slots, self._profiled = info, slots, bool(points)
         self._governor, self._usual, self._arrivals = Governor(len(self.rungs)), Usual(len(self.rungs)), Arrivals()
-        self._looked = -math.inf
+        self._looked, self._unmeasured_ms, self._why = -math.inf, 0.0, "load"
         self._means = lru_cache(256)(self._mean_units)
 
     @property
@@ -57,38 +56,44 @@ class Shifting:
         """Where work with the whole ladder is now; 0 is the best."""
         return self._governor.rung
 
-    def received(self, delivery: Delivery) -> None:
-        """A job has come."""
-        work, means = delivery.job.work, self._means(_shape(delivery.job.work))
-        budget_ms = delivery.deadline_ms - delivery.submitted_ms
-        self._usual.saw(work.rows, len(means), means[0], delivery.job.cost / work.rows, budget_ms)
+    def received(self, delivery: Delivery) -> float:
+        """A job has come; the share of its cost that it takes in the cheapest gear that it allows."""
+        job, means = delivery.job, self._means(_shape(delivery.job.work))
+        if not means:  # a gear of another version: the task says so
+            return 1.0
+        budget = delivery.deadline_ms - delivery.submitted_ms
+        possible = budget >= len(means) * self.time.ms(means[0][-1])
+        self._usual.saw(job.work.rows, len(means), means[0], job.cost / job.work.rows, budget if possible else None)
+        return means[0][-1] / means[0][0] if means[0][0] else 1.0
 
     def decide(
-        self, now_s: float, idle_s: float, jobs: Sequence[JobRun], left: Callable[[int], int]
+        self, now_s: float, idle_s: float, jobs: Sequence[JobRun], left: Callable[[int], int | None]
     ) -> list[tuple[JobRun, Any]]:
         """Look at the work at hand; the running jobs that change gear, with their work from now on.
 
         Args:
             idle_s: time without any work until this tick.
-            left: evaluations to come for the row of a slot.
+            left: evaluations to come for the row of a slot; None for one that is about to begin.
         """
         if len(self.rungs) == 1 or now_s - self._looked < LOOK_S:
             return []
         self._looked = now_s
         self._arrivals.seen(now_s, self.queue)
         rows = [row for job in jobs for row in self._rows(job, now_s * 1000, left)]
+        held = sum(job.delivery.job.cost for job in jobs)
+        queued = self.queue.backlog / self.queue.workers - held
         rates = [self.rate(rung) for rung in range(len(self.rungs))]
-        strains = [strain(rows, self.queue, self._usual, self.time, rate, i) for i, rate in enumerate(rates)]
+        strains = strain(rows, queued, held, self._usual.budget_ms, self.time, rates)
         loads = [self._arrivals.per_second() / rate if rate > 0 else 0.0 for rate in rates]
         before, rested = self.rung, self._governor.rested(idle_s)
         self._governor.decide(now_s, [max(one.running, one.waiting) for one in strains], loads, idle_s)
         self._strain = strains[self.rung]
         if self.rung > before:
-            self.reason = "load" if strains[before].waiting >= strains[before].running else "deadline"
-            self._shifts[self.reason] += 1
+            self._why = "deadline" if strains[before].running > max(1.0, strains[before].waiting) else "load"
+            self._shifts[self._why] += 1
         elif self.rung < before:
             self._shifts["idle" if rested < before else "calm"] += 1
-        return [(job, self.work(job)) for job in jobs if job.running and job.rung != self._rung_of(job)]
+        return [(job, self.work(job)) for job in jobs if job.running and job.rung and job.rung != self._rung_of(job)]
 
     def news(self, idle_s: float = 0.0) -> GearNews:
         """What there is to tell after a tick, or after so long without work."""
@@ -99,27 +104,25 @@ class Shifting:
 
     def work(self, job: JobRun) -> Any:
         """The job's work in the gear that it runs in from now on."""
-        job.rung = self._rung_of(job)
-        if job.rung not in job.rungs:
-            job.rungs.append(job.rung)
         work = job.delivery.job.work
+        if not work.ladder:
+            return work
+        job.rung = self._rung_of(job)
+        if job.rung != work.ladder[0] and not job.why:
+            job.why = self._why
         if not job.floored and job.rung in self.rungs[: self.rung] and job.rung == work.ladder[-1]:
             job.floored = True
             self._floor_hits += 1
-        return moved(work, job.rung) if work.ladder else work
+        return moved(work, job.rung)
 
-    def served(self, job: JobRun) -> Any:
-        """The job's work in the cheapest gear that any of its evaluations ran in."""
-        work = job.delivery.job.work
-        return moved(work, max(job.rungs, key=work.ladder.index)) if work.ladder else work
-
-    def receipt(self, job: JobRun) -> dict[str, Any]:
-        """What a receipt says of gears: `requested`, and whether and why less was served."""
+    def receipt(self, job: JobRun, receipt: dict[str, Any]) -> dict[str, Any]:
+        """A job's receipt with what it says of gears: `requested`, and whether and why less was served."""
         ladder = job.delivery.job.work.ladder
         if not ladder:
-            return {"downgraded": False}
-        downgraded = any(rung != ladder[0] for rung in job.rungs)
-        return {"requested": "auto", "downgraded": downgraded} | ({"why": self.reason} if downgraded else {})
+            return receipt | {"downgraded": False}
+        served = receipt["gear"] if self._info.task == "generate" else job.rung
+        told = {"requested": "auto", "downgraded": served != ladder[0]}
+        return receipt | told | ({"why": job.why or "load"} if served != ladder[0] else {})
 
     def rate(self, rung: int) -> float:
         """Cost per second of the usual work in `rung`; 0 while that is not known."""
@@ -130,28 +133,32 @@ class Shifting:
         return self.rate(-1) if self._profiled else 0.0
 
     def ticked(self, ms: float, stats: StepStats | None, admissions: Sequence[Admission]) -> None:
-        """A tick took so long, since the one before."""
+        """A tick took so long, since the one before. Time without a unit of work belongs to the next that has some."""
         if self._info.task == "generate":
             done = float(stats.layer_evals) if stats else 0.0
         else:
             done = sum(len(one.slots) * units(self.work(one.job), self._info)[0] for one in admissions)
+        self._unmeasured_ms += ms
         if done:
-            self.time.measured(done, ms)
+            self.time.measured(done, self._unmeasured_ms)
+            self._unmeasured_ms = 0.0
 
     def _rung_of(self, job: JobRun) -> str:
         """Classifications keep the method that their first images were admitted with."""
-        ladder = job.delivery.job.work.ladder
-        if job.rungs and self._info.task == "classify":
-            return job.rungs[0]
-        return rung_at(ladder, self.rungs, self.rung) if ladder else ""
+        if job.rung and self._info.task == "classify":
+            return job.rung
+        return rung_at(job.delivery.job.work.ladder, self.rungs, self.rung) if job.delivery.job.work.ladder else ""
 
-    def _rows(self, job: JobRun, now_ms: float, left: Callable[[int], int]) -> Iterable[Row]:
-        if not job.running:
-            return
+    def _rows(self, job: JobRun, now_ms: float, left: Callable[[int], int | None]) -> Iterable[Row]:
+        """Running rows, and what a job has to run after them."""
         means = job.means = job.means or self._means(_shape(job.delivery.job.work))
+        if not job.running or not means:
+            return
+        after = -(-len(job.waiting) // self._slots) * len(means)
         for slot in job.running:
-            if to_come := min(left(slot), len(means)):
-                yield Row(to_come, job.deadline_ms - now_ms, means[len(means) - to_come])
+            to_come = left(slot)
+            if to_come := len(means) if to_come is None else min(to_come, len(means)):
+                yield Row(to_come + after, job.deadline_ms - now_ms, means[len(means) - to_come])
 
     def _mean_units(self, work: Work) -> Means:
         """Mean units of the evaluations from each one on, by rung."""

@@ -195,6 +195,22 @@ def test_a_row_that_shifts_runs_the_other_exits_from_its_next_evaluation_on(task
     assert (shifted.pixels == named.pixels).all()
 
 
+def test_a_receipt_says_what_earlier_attempts_ran_too(task):
+    """A row that ran cheap, was saved, and ends elsewhere in the best gear."""
+    ladder = {"ladder": ("full", "eco"), "solver": "ddim"}
+    task.admit(work(gear="eco", **ladder), [0], [3])
+    for _ in range(3):
+        task.step([3])
+    task.restore(work(gear="full", **ladder), [0], [4], task.save([3]))
+    for _ in range(3):
+        task.step([4])
+    assert task.receipt(work(gear="full", **ladder), task.collect([4]))["gear"] == "eco"
+    task.admit(work(gear="full", **ladder), [0], [5])
+    for _ in range(6):
+        task.step([5])
+    assert task.receipt(work(gear="eco", **ladder), task.collect([5]))["gear"] == "full"
+
+
 def test_the_seed_decides(task):
     first, again, other = (run(task, work(seeds=(s,)))[0].pixels for s in (5, 5, 6))
     assert np.array_equal(first, again)

@@ -15,7 +15,6 @@ if known[1] then
   return {'attached', known[1], 0, '0'}
 end
 
-redis.pcall('HINCRBY', P .. 'turns', 'asked', cost)  -- refused work too: how much is wanted
 local now = now_ms()
 local rate, total, ahead, roomy = 0, 0, 0, false
 if tonumber(alive) > 0 then
@@ -27,6 +26,7 @@ if tonumber(alive) > 0 then
     rate = rate + pressed
   end
 end
+local function asked() redis.call('HINCRBY', P .. 'turns', 'asked', cost) end
 local backlog = {}
 for i, queued in ipairs(redis.call('HMGET', P .. 'backlog', unpack(RANKS))) do
   backlog[RANKS[i]] = tonumber(queued or 0)
@@ -35,12 +35,16 @@ end
 for other, queued in pairs(backlog) do  -- while this rank drains, others get at most their share beside it
   ahead = ahead + math.min(queued, backlog[rank] * WEIGHTS[other] / WEIGHTS[rank])
 end
-if total > 0 and total + cost > tonumber(most) then return {'full', '', total, tostring(rate)} end
+if total > 0 and total + cost > tonumber(most) then
+  asked()
+  return {'full', '', total, tostring(rate)}
+end
 if max_owed > 0 then
   local owed = tonumber(redis.call('HGET', P .. 'owed', owner) or 0)
   if owed > 0 and owed + cost > max_owed then return {'owed', '', owed, tostring(rate)} end
 end
 if rate > 0 and not roomy and ahead > 0 and (ahead + cost) / rate * 1000 > SPENT * budget then
+  if cost / rate * 1000 <= SPENT * budget then asked() end  -- what no idle service could do is not asked of this one
   return {'late', '', ahead, tostring(rate)}
 end
 
@@ -56,6 +60,7 @@ redis.call('HSET', job, 'state', 'queued', 'payload', payload, 'entry', handle, 
   'submitted_ms', now, 'deadline_ms', now + budget)
 redis.call('ZADD', P .. 'due', now + budget, handle)
 redis.call('HINCRBY', P .. 'ledger', 'accepted', 1)
+asked()
 redis.call('HINCRBY', P .. 'backlog', rank, cost)
 if owner ~= '' then redis.call('HINCRBY', P .. 'owed', owner, cost) end
 if events ~= '' then tell(id, 'queued', '') end

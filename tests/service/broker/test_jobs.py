@@ -98,6 +98,28 @@ async def test_workers_rates_add_up(broker, model):
         await put(broker, model, cost=10, deadline_ms=7_300, need_worker=True)
 
 
+async def test_a_take_tells_how_the_queue_stands(broker, model):
+    """Cost queued and running, cost that was asked for, live workers; also to a worker without room. Quotas and what
+    no idle service could do are not asked of this one."""
+    for worker in "wv":
+        await serve_at(broker, model, 10.0, worker=worker)
+    await put(broker, model, cost=40, need_worker=True)
+    await put(broker, model, cost=20, owner="k", need_worker=True)
+    with pytest.raises(QuotaExceeded):
+        await put(broker, model, cost=20, owner="k", max_owed=30, need_worker=True)
+    with pytest.raises(DeadlineExceeded):
+        await put(broker, model, cost=10, deadline_ms=20, need_worker=True)
+    taken = await broker.take(model, "w", 0, 4, LONG)
+    assert (taken.deliveries, taken.backlog, taken.asked, taken.workers) == ([], 60, 60, 2)
+    with pytest.raises(DeadlineExceeded):
+        await put(broker, model, cost=10, deadline_ms=1000, need_worker=True)
+    delivery, _ = (await broker.take(model, "w", 4, 4, LONG)).deliveries
+    await broker.finish(model, delivery, ok(delivery), TTL_S)
+    await broker.retire("v", [model])
+    taken = await broker.take(model, "w", 0, 4, LONG)
+    assert (taken.backlog, taken.asked, taken.workers) == (20, 70, 1)
+
+
 async def test_nothing_is_too_late_while_a_worker_has_room(broker, model):
     await serve_at(broker, model, 10.0)
     await serve_at(broker, model, 10.0, pressed=0.0, worker="roomy")

@@ -78,9 +78,9 @@ def test_absent_seeds_are_drawn() -> None:
     assert all(0 <= seed < SEED_LIMIT for seed in draws)
 
 
-def test_auto_is_the_best_gear_without_overrides() -> None:
+def test_auto_is_the_best_gear_of_the_defaults_trajectory_without_overrides() -> None:
     work = generate_work(GenerateParams(), DRAWER, "webp")
-    assert (work.gear, work.steps, work.solver, work.guidance) == ("full", 10, "ddim", 2.0)
+    assert (work.gear, work.steps, work.solver, work.guidance) == ("eco", 10, "ddim", 1.0)
     assert work.overrides == ()
     assert work.format == "webp"
 

@@ -71,6 +71,32 @@ def test_alone_auto_is_the_best() -> None:
     assert "why" not in done.receipt
 
 
+@pytest.mark.parametrize("budget_ms", [60, 79, 200])
+def test_a_job_that_is_its_own_backlog_is_no_load(budget_ms: int) -> None:
+    engine, job = made(Clock()), auto()
+    engine.gears.queue = Queue(backlog=job.cost, asked=job.cost)
+    engine.offer(delivery(job, budget_ms=budget_ms))
+    assert to_the_end(engine)[job.id].receipt["gear"] == "full"
+
+
+def test_a_row_that_cannot_make_it_takes_no_quality_from_others() -> None:
+    engine, late, job = made(Clock()), draw(steps=10, seed=3), auto()
+    engine.offer(delivery(late, budget_ms=25))
+    engine.offer(delivery(job, budget_ms=100_000))
+    over = to_the_end(engine)
+    assert (over[late.id].outcome, over[job.id].receipt["gear"]) == ("expired", "full")
+
+
+@pytest.mark.parametrize("ladder", [("gone",), ("gone", "half")])
+def test_a_gear_of_another_version_fails_no_neighbour(ladder: tuple[str, ...]) -> None:
+    engine, job = made(Clock()), auto(1)
+    strange = auto(0, ladder=ladder)
+    strange = GenerateJob(id=strange.id, cost=strange.cost, work=replace(strange.work, gear="gone"))
+    for one in (strange, job):
+        engine.offer(delivery(one, budget_ms=1000))
+    assert to_the_end(engine)[job.id].outcome == "ok"
+
+
 def test_a_queue_that_is_too_long_makes_work_cheaper_but_never_below_its_floor() -> None:
     engine = made(Clock())
     engine.gears.queue = Queue(backlog=4000.0)  # 100 jobs, 4 s of full
