@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.api import ClassifiedRow, ClassifyWork, GenerateWork, ModelInfo, Task
-from service.ladders import Work, moved
+from service.ladders import Work
 from service.metrics import WorkerMetrics
 from service.worker.engine import Engine
 from service.worker.outcomes import Finished
@@ -123,15 +123,14 @@ class Shadow:
 
 
 def candidate(engine: Engine, done: Finished, index: int) -> Candidate:
-    """Row `index` of a downgraded job."""
+    """Row `index` of a downgraded job, whose work came in the best gear of its ladder."""
     work, row = done.delivery.job.work, done.rows[index]
-    best = moved(work, work.ladder[0])
-    if isinstance(best, GenerateWork):
+    if isinstance(work, GenerateWork):
         pixels = np.array(row.pixels)  # not a view, which would keep a whole batch
-        alone = replace(best, labels=(best.labels[index],), seeds=(best.seeds[index],))
-        return Candidate(engine, alone, pixels, pixels.nbytes)
-    image = best.images[index]
-    return Candidate(engine, replace(best, images=(image,)), row.probabilities, len(image))
+        one = replace(work, labels=(work.labels[index],), seeds=(work.seeds[index],))
+        return Candidate(engine, one, pixels, pixels.nbytes)
+    image = work.images[index]
+    return Candidate(engine, replace(work, images=(image,)), row.probabilities, len(image))
 
 
 def alone(task: Task[Any, Any], work: Work) -> Generator[None, None, Any]:

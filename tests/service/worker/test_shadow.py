@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from service.worker.engine import Engine, Finished, Tick
 from service.worker.main import loop
 from service.worker.shadow import KEPT, REST_S, Shadow, alone, apart, judge_of, pixel_gap
 from tests.service.worker.test_engine import Clock
-from tests.service.worker.toy import FULL, ToyClassify, ToyGenerate, Trouble
+from tests.service.worker.toy import EARLY, FULL, ToyClassify, ToyGenerate, Trouble
 from tests.service.worker.work import delivery, draw, judge
 
 HALF = Gear("half", ExitSchedule((1.0,), (2,)), "ddim", 5, 1.0)
@@ -273,23 +273,27 @@ def test_a_shadow_that_fails_is_counted_and_forgotten() -> None:
     assert bench.runs() == {"failed": 1, "compared": 1}
 
 
-def test_a_row_that_waits_or_ends_early_takes_the_evaluations_that_it_takes() -> None:
-    task = Painter()
-    work = draw(steps=3, seed=1).work
-    waits = iter([True, False, True, False, False])
+def finished(run: Generator[None, None, Any]) -> Any:
+    """What a generator returns."""
+    while True:
+        try:
+            next(run)
+        except StopIteration as end:
+            return end.value
+
+
+def test_a_row_that_waits_has_all_its_evaluations() -> None:
+    task, waits = Painter(), iter([True, False, True, False, False])
     step = task.step
     task.step = lambda slots: replace(step(()), waiting=frozenset(slots)) if next(waits) else step(slots)  # type: ignore[method-assign]
-    row = None
-
-    def run() -> Any:
-        nonlocal row
-        row = yield from alone(task, work)
-
-    for _ in run():
-        pass
-    assert row is not None
+    row = finished(alone(task, draw(steps=3).work))
     assert len(row.exit_depths) == 3
     assert next(waits, None) is None
+
+
+def test_a_row_that_needs_no_more_is_over() -> None:
+    row = finished(alone(Painter(), draw(steps=5, label=EARLY).work))
+    assert len(row.exit_depths) == 1
 
 
 class Io:
