@@ -41,7 +41,7 @@ def burst(http: httpx.Client, budget_ms: int) -> list[tuple[str, dict[str, Any]]
 
 
 def test_under_load_answers_get_cheaper_down_to_their_floor_and_recover(http: httpx.Client) -> None:
-    """Budgets shrink until full cannot keep them: how soon that is depends on the machine, what happens then does not."""
+    """Budgets shrink until full cannot keep them: when that is depends on the machine, what happens then does not."""
     floors = {gear: drawn(http, gear=gear).json()["receipt"]["exit_depths"] for gear in ("full", "balanced", "eco")}
     begun = time.monotonic()
     assert drawn(http, gear="full").status_code == 200
