@@ -38,6 +38,9 @@ class Settings(BaseSettings):
     )
     slots: int = Field(64, ge=1, le=4096, description="Rows a worker keeps in flight for each model.")
     adapt: bool = Field(True, description="Let the load decide what gear and method auto give; off: always the best.")
+    shadow_share: float = Field(
+        0.01, ge=0.0, le=1.0, description="Share of downgraded answers that an idle worker makes again to compare."
+    )
     lease_s: float = Field(10.0, ge=1.0, le=600.0, description="A job whose worker is silent this long is redelivered.")
     max_deliveries: int = Field(5, ge=1, le=100, description="A job delivered more often than this fails.")
     drain_s: float = Field(

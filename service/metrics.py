@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, get_args
 
@@ -12,37 +12,23 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from models.api import DecisionName, ModelInfo, StepStats
+from service.ladders import rungs_of
 from service.protocol import Outcome
 
+# fmt: off
 SECONDS = (
-    0.001,
-    0.002,
-    0.004,
-    0.007,
-    0.012,
-    0.02,
-    0.035,
-    0.06,
-    0.1,
-    0.17,
-    0.3,
-    0.5,
-    0.85,
-    1.5,
-    2.5,
-    4,
-    7,
-    12,
-    20,
-    35,
-    60,
-    120,
+    0.001, 0.002, 0.004, 0.007, 0.012, 0.02, 0.035, 0.06, 0.1, 0.17, 0.3, 0.5, 0.85, 1.5, 2.5, 4, 7, 12, 20, 35, 60, 120
 )
+# fmt: on
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256)
 NATS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.3, 3.0, 5.0)
+GAPS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)
 EXITS = ("1", "2", "3")  # stages of a classifier that may answer
 OUTCOMES = ("ok", "bad_request", "rejected", "expired", "cancelled", "failed", "unavailable")
 REFUSALS = ("queue_full", "rate_limited", "quota_exceeded", "no_worker", "unavailable", "deadline_exceeded")
+SHIFTS = ("load", "deadline", "calm", "idle")
+SHADOWS = ("compared", "abandoned", "failed", "dropped")
+KINDS = {"generate": ("pixels", "probabilities", "class"), "classify": ("probabilities", "class")}
 WEBHOOKS = ("delivered", "retried", "given_up", "gone", "refused")
 
 
@@ -169,6 +155,41 @@ class WorkerMetrics:
         self.rows_restored = Counter(
             "offramp_rows_restored", "Rows that went on from a saved state.", ["model"], registry=r
         )
+        self._declare_gears(r)
+
+    def _declare_gears(self, r: CollectorRegistry) -> None:
+        self.rung = Gauge("offramp_rung", "Gear that the load asks for; 0 is the best.", ["model"], registry=r)
+        self.rungs = Gauge("offramp_rungs", "Gears that the load chooses from.", ["model"], registry=r)
+        self.gear = Gauge("offramp_gear", "1 for the gear that the load asks for.", ["model", "gear"], registry=r)
+        self.strain = Gauge(
+            "offramp_strain",
+            "Time that the work takes in that gear, over the time that it may take.",
+            ["model", "work"],
+            registry=r,
+        )
+        self.gear_shifts = Counter("offramp_gear_shifts", "Changes of gear.", ["model", "reason"], registry=r)
+        self.rows_shifted = Counter(
+            "offramp_rows_shifted", "Rows that changed gear as they ran.", ["model"], registry=r
+        )
+        self.floor_hits = Counter(
+            "offramp_floor_hits", "Jobs that their own floor kept from a cheaper gear.", ["model"], registry=r
+        )
+        self.jobs_by_gear = Counter(
+            "offramp_jobs_by_gear",
+            "Jobs answered, by the cheapest gear that they ran in.",
+            ["model", "gear", "downgraded"],
+            registry=r,
+        )
+        self.shadow_gap = Histogram(
+            "offramp_shadow_gap",
+            "Downgraded answers against the same in the best gear; 0 is none, 1 the most.",
+            ["model", "kind"],
+            buckets=GAPS,
+            registry=r,
+        )
+        self.shadow_runs = Counter(
+            "offramp_shadow_runs", "Downgraded answers to be made again.", ["model", "outcome"], registry=r
+        )
 
     def declare(self, info: ModelInfo, device: str) -> None:
         """Make the series of a model before its first request, so that rates start at zero."""
@@ -198,6 +219,46 @@ class WorkerMetrics:
         for reason in ("error", "memory"):
             self.batch_splits.labels(info.name, reason)
         self.rows_restored.labels(info.name)
+        self._declare_gears_of(info)
+
+    def _declare_gears_of(self, info: ModelInfo) -> None:
+        for mode in [g.name for g in info.gears] + list(info.methods):
+            self.jobs_by_gear.labels(info.name, mode, "false")
+        rungs = rungs_of(info)
+        if len(rungs) < 2:
+            return
+        for rung in rungs:
+            self.jobs_by_gear.labels(info.name, rung.partition("@")[0], "true")
+        for reason in SHIFTS:
+            self.gear_shifts.labels(info.name, reason)
+        self.rows_shifted.labels(info.name)
+        self.floor_hits.labels(info.name)
+        for kind in KINDS[info.task]:
+            self.shadow_gap.labels(info.name, kind)
+        for outcome in SHADOWS:
+            self.shadow_runs.labels(info.name, outcome)
+        self.geared(info.name, rungs, 0, {"running": 0.0, "waiting": 0.0})
+
+    def geared(
+        self,
+        model: str,
+        rungs: Sequence[str],
+        rung: int,
+        strain: Mapping[str, float],
+        shifts: Mapping[str, int] = {},
+        floor_hits: int = 0,
+    ) -> None:
+        """Where a model with several gears is, how strained it is there, and what has happened since the last call."""
+        self.rung.labels(model).set(rung)
+        self.rungs.labels(model).set(len(rungs))
+        for work, value in strain.items():
+            self.strain.labels(model, work).set(value)
+        for i, gear in enumerate(rungs):
+            self.gear.labels(model, gear).set(i == rung)
+        for reason, count in shifts.items():
+            self.gear_shifts.labels(model, reason).inc(count)
+        if floor_hits:
+            self.floor_hits.labels(model).inc(floor_hits)
 
     def ticked(self, model: str, seconds: float, stats: StepStats, jobs: int) -> None:
         """Record one tick: its duration, rows, layer evaluations and exit depths."""

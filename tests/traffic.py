@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from models.api import DecisionRule, ExitSchedule, Gear, ModelInfo, StepStats
-from service.metrics import GatewayMetrics, WorkerMetrics
+from service.metrics import KINDS, SHADOWS, SHIFTS, GatewayMetrics, WorkerMetrics
 
 GENERATOR = ModelInfo(
     name="painter",
@@ -12,7 +12,9 @@ GENERATOR = ModelInfo(
     image=(28, 28, 1),
     weights="f" * 64,
     depth=8,
-    gears=(Gear("balanced", ExitSchedule((1.0,), (6,)), "ddim", 20, 1.0),),
+    gears=tuple(
+        Gear(name, ExitSchedule((1.0,), (depth,)), "ddim", 20, 1.0) for name, depth in (("full", 8), ("balanced", 6))
+    ),
     default_gear="balanced",
 )
 CLASSIFIER = ModelInfo(
@@ -60,6 +62,7 @@ class Traffic:
             self.worker.slots.labels(model, "busy").set(4)
             self.worker.outcomes.labels(model, "ok").inc(3)
             self.worker.images.labels(model, mode).inc(4)
+            self._gears(model, task)
         self.gateway.webhooks.labels("delivered").inc()
         self.worker.ticked("painter", 0.02, TICK, jobs=2)
         self.worker.ticked("judge", 0.01, StepStats(rows=4), jobs=1)
@@ -69,3 +72,17 @@ class Traffic:
             self.worker.early_exits.labels("judge", stage).inc(images)
         self.worker.entropy.labels("judge", "bridge").observe(0.4)
         self.worker.disagreement.labels("judge", "bridge").observe(0.05)
+
+    def _gears(self, model: str, task: str) -> None:
+        """The second gear, under strain; three jobs, two of them downgraded; four shadows, one of another class."""
+        rungs = {"painter": ("full", "balanced"), "judge": ("bridge", "single")}[model]
+        shifts = dict.fromkeys(SHIFTS, 1)
+        self.worker.geared(model, rungs, 1, {"running": 0.5, "waiting": 1.5}, shifts, floor_hits=1)
+        self.worker.rows_shifted.labels(model).inc(4)
+        self.worker.jobs_by_gear.labels(model, rungs[0], "false").inc(1)
+        self.worker.jobs_by_gear.labels(model, rungs[1], "true").inc(2)
+        for kind in KINDS[task]:
+            for i in range(4):
+                self.worker.shadow_gap.labels(model, kind).observe(0.05 if kind != "class" else float(i == 0))
+        for outcome in SHADOWS:
+            self.worker.shadow_runs.labels(model, outcome).inc()

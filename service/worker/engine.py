@@ -124,6 +124,7 @@ class Engine:
             stats, jobs = _admission_stats(plan), len(plan.admissions)
         if stats.rows:
             self._metrics.ticked(self.name, ended - started, stats, jobs)
+        self._tell_gears()
         self._publish()
         self._had_work_until = None if self._idle and not self.pressed else ended
         self._ended = ended
@@ -144,7 +145,21 @@ class Engine:
         """Look at the load; rows that run change gear from their next evaluation on."""
         idle_s = now - self._ended if self._rested else 0.0
         for job, work in self.gears.decide(now, idle_s, self._scheduler.jobs, self._scheduler.left):
-            self.task.shift(work, [slot for slot in job.running if self._scheduler.left(slot) is not None])
+            slots = [slot for slot in job.running if self._scheduler.left(slot) is not None]
+            self.task.shift(work, slots)
+            self._metrics.rows_shifted.labels(self.name).inc(len(slots))
+
+    def rest(self) -> None:
+        """Between ticks: what the gauges say of gears that recover without work."""
+        if not self._scheduler.jobs:
+            self._tell_gears(self._clock() - self._ended)
+
+    def _tell_gears(self, idle_s: float = 0.0) -> None:
+        if len(self.gears.rungs) > 1:
+            news = self.gears.news(idle_s)
+            self._metrics.geared(
+                self.name, self.gears.rungs, news.rung, vars(news.strain), news.shifts, news.floor_hits
+            )
 
     def admission_rate(self) -> float:
         """Cost per second that deadlines are judged by; 0: whatever comes begins at once, or nothing is known."""

@@ -47,10 +47,13 @@ class Governor:
             self._climb(now_s, strains[self.rung - 1] <= LOOSE and loads[self.rung - 1] <= SPARE)
         return self.rung
 
+    def rested(self, idle_s: float) -> int:
+        """The rung after so long without work."""
+        return max(0, self.rung - int(idle_s / HOLD_S))
+
     def _rest(self, idle_s: float) -> None:
-        climbs = int(idle_s / HOLD_S)
-        if climbs:
-            self.rung, self._hold_s, self._calm_since = max(0, self.rung - climbs), HOLD_S, None
+        if idle_s >= HOLD_S:
+            self.rung, self._hold_s, self._calm_since = self.rested(idle_s), HOLD_S, None
 
     def _descend(self, now_s: float, enough: Sequence[bool]) -> None:
         lasted = now_s - self._climbed

@@ -21,6 +21,7 @@ from service.config import ConfigError, Settings
 from service.metrics import WorkerMetrics
 from service.worker.engine import Engine
 from service.worker.io import WorkerIO
+from service.worker.shadow import Shadow
 from service.worker.warmup import tick_times
 
 TASK_OF_KIND = {"generator": "generate", "ensemble": "classify", "drill": "drill"}
@@ -65,7 +66,7 @@ def run(settings: Settings) -> int:
     io = WorkerIO(settings.redis_url, worker, engines, settings, metrics, wake.set)
     io.start()
     log.info("serving", extra={"worker": worker, "models": ",".join(engine.name for engine in engines)})
-    loop(engines, io, stop, wake)
+    loop(engines, io, stop, wake, Shadow(engines, metrics, settings.shadow_share))
     if io.error is not None:
         log.error("worker broken, entries are left to redelivery", exc_info=io.error)
         return 1
@@ -73,8 +74,8 @@ def run(settings: Settings) -> int:
     return 0
 
 
-def loop(engines: Sequence[Engine], io: WorkerIO, stop: Stop, wake: threading.Event) -> None:
-    """One tick for each engine that has work, in turn, until the io thread has ended."""
+def loop(engines: Sequence[Engine], io: WorkerIO, stop: Stop, wake: threading.Event, shadow: Shadow) -> None:
+    """One tick for each engine that has work, in turn, until the io thread has ended; shadows when none has."""
     draining = False
     while io.alive():
         if stop.asked and not draining:
@@ -84,8 +85,14 @@ def loop(engines: Sequence[Engine], io: WorkerIO, stop: Stop, wake: threading.Ev
         wake.clear()
         busy = [engine for engine in engines if not engine.idle()]
         for engine in busy:
-            io.report(engine, engine.tick())
-        if not busy:
+            tick = engine.tick()
+            io.report(engine, tick)
+            shadow.seen(engine, tick.finished)
+        for engine in engines:
+            engine.rest()
+        if busy:
+            shadow.abandon()
+        elif draining or not shadow.step():
             wake.wait(IDLE_S)
 
 

@@ -88,7 +88,9 @@ def record(metrics: WorkerMetrics, model: str, result: Result, done: Finished) -
     if result.outcome != "ok":
         return
     job = done.delivery.job
-    mode = job.work.gear if isinstance(job, GenerateJob) else job.work.method
+    asked = job.work.gear if isinstance(job, GenerateJob) else job.work.method
+    mode = done.receipt.get("gear") or done.receipt.get("method") or asked
+    metrics.jobs_by_gear.labels(model, mode, str(done.receipt.get("downgraded", False)).lower()).inc()
     metrics.images.labels(model, mode).inc(len(done.rows))
     if not isinstance(job, GenerateJob):
         _record_uncertainty(metrics, model, mode, done.rows)

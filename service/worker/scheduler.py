@@ -34,6 +34,7 @@ class JobRun:
         outputs: image -> its collected output.
         cost: per row and evaluation, admission counted as one.
         rung, why: what it runs in (service/ladders.py), empty for what it named, and why that is not the best.
+        floored: whether its own floor ever kept it from the rung that its model was at.
         means: units of its evaluations (worker/shifting.py).
         least: share of its cost that it takes in the cheapest gear that it allows.
         saved_tick, told_ms: when its rows were last saved and its progress told (worker/progress.py).
@@ -51,6 +52,7 @@ class JobRun:
     rung: str = ""
     why: str = ""
     least: float = 1.0
+    floored: bool = False
     means: tuple[tuple[float, ...], ...] = ()
     saved_tick: int | None = None
     told_ms: float = -math.inf

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -12,11 +13,22 @@ from typing import Any
 from models.api import GenerateWork, ModelInfo, StepStats
 from service.ladders import Work, moved, rung_at, rungs_of, units
 from service.protocol import Delivery
-from service.worker.gears import Arrivals, Governor, Queue, Row, TickTime, Usual, capacity, strain
+from service.worker.gears import Arrivals, Governor, Queue, Row, Strain, TickTime, Usual, capacity, strain
 from service.worker.scheduler import Admission, JobRun
 
 LOOK_S = 0.01
 Means = tuple[tuple[float, ...], ...]
+AT_REST = Strain(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class GearNews:
+    """The rung and its strain now; changes by reason, and jobs held by their own floor, since the last news."""
+
+    rung: int
+    strain: Strain
+    shifts: Counter[str]
+    floor_hits: int
 
 
 class Shifting:
@@ -33,6 +45,7 @@ class Shifting:
         self.rungs = (rungs_of(info) or ("",))[: None if adapt else 1]
         self.queue = Queue()
         self.time = TickTime(points)
+        self._strain, self._shifts, self._floor_hits = AT_REST, Counter[str](), 0
         self._info, self._slots, self._profiled = info, slots, bool(points)
         self._governor, self._usual, self._arrivals = Governor(len(self.rungs)), Usual(len(self.rungs)), Arrivals()
         self._looked, self._unmeasured_ms, self._why = -math.inf, 0.0, "load"
@@ -72,11 +85,22 @@ class Shifting:
         rates = [self.rate(rung) for rung in range(len(self.rungs))]
         strains = strain(rows, queued, held, self._usual.budget_ms, self.time, rates)
         loads = [self._arrivals.per_second() / rate if rate > 0 else 0.0 for rate in rates]
-        before = self.rung
+        before, rested = self.rung, self._governor.rested(idle_s)
         self._governor.decide(now_s, [max(one.running, one.waiting) for one in strains], loads, idle_s)
+        self._strain = strains[self.rung]
         if self.rung > before:
             self._why = "deadline" if strains[before].running > max(1.0, strains[before].waiting) else "load"
+            self._shifts[self._why] += 1
+        elif self.rung < before:
+            self._shifts["idle" if rested < before else "calm"] += 1
         return [(job, self.work(job)) for job in jobs if job.running and job.rung and job.rung != self._rung_of(job)]
+
+    def news(self, idle_s: float = 0.0) -> GearNews:
+        """What there is to tell after a tick, or after so long without work."""
+        strain = AT_REST if idle_s else self._strain
+        told = GearNews(self._governor.rested(idle_s), strain, self._shifts, self._floor_hits)
+        self._shifts, self._floor_hits = Counter(), 0
+        return told
 
     def work(self, job: JobRun) -> Any:
         """The job's work in the gear that it runs in from now on."""
@@ -86,6 +110,9 @@ class Shifting:
         job.rung = self._rung_of(job)
         if job.rung != work.ladder[0] and not job.why:
             job.why = self._why
+        if not job.floored and job.rung in self.rungs[: self.rung] and job.rung == work.ladder[-1]:
+            job.floored = True
+            self._floor_hits += 1
         return moved(work, job.rung)
 
     def receipt(self, job: JobRun, receipt: dict[str, Any]) -> dict[str, Any]:

@@ -59,6 +59,16 @@ def test_the_numbers_are_those_of_the_traffic(scraped: Prometheus) -> None:
     run = {u_bin: value for u_bin, value in depth.items() if not math.isnan(value)}
     assert run == {"0.0": pytest.approx(8), "0.5": pytest.approx(6), "0.9": pytest.approx(2)}
     assert len(depth) == 10
+    assert [value for _, value in answers["Class agreement"]] == [pytest.approx(0.75)] * 2
+    gaps = {(labels["model"], labels["kind"]) for labels, value in answers["Shadow gap"] if abs(value - 0.05) < 1e-6}
+    assert gaps == {("painter", "pixels"), ("painter", "probabilities"), ("judge", "probabilities")}
+    shares = {(labels["model"], labels["gear"]): value for labels, value in answers["Jobs by gear"]}
+    assert (shares["painter", "full"], shares["painter", "balanced"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert [value for _, value in answers["In time"]] == [pytest.approx(2 / 3)] * 2
+    assert {labels["gear"]: value for labels, value in answers["Gear"]} == {
+        **dict.fromkeys(("full", "bridge"), 0.0),
+        **dict.fromkeys(("balanced", "single"), 1.0),
+    }
 
 
 def test_exit_depth_buckets_count_each_block_once(scraped: Prometheus) -> None:

@@ -28,12 +28,8 @@ def drawn(http: httpx.Client, **body: Any) -> httpx.Response:
     return http.post("/generate", json={"model": "fashion-dit", "n": ROWS, "label": 0, **body})
 
 
-def test_under_load_answers_get_cheaper_down_to_their_floor_and_recover(http: httpx.Client) -> None:
-    """24 jobs at once, with a budget that full could hardly keep for half of them."""
-    floors = {gear: drawn(http, gear=gear).json()["receipt"]["exit_depths"] for gear in ("full", "balanced", "eco")}
-    begun = time.monotonic()
-    assert drawn(http, gear="full").status_code == 200
-    budget_ms = round(1000 * (time.monotonic() - begun) * JOBS * 0.6) + 1000
+def burst(http: httpx.Client, budget_ms: int) -> list[tuple[str, dict[str, Any]]]:
+    """24 jobs at once; floor and receipt of those that were answered."""
     bodies = [
         {"seed": i, "deadline_ms": budget_ms, "gear": "auto", "floor": ("eco", "balanced", "full")[i % 3]}
         for i in range(JOBS)
@@ -41,9 +37,21 @@ def test_under_load_answers_get_cheaper_down_to_their_floor_and_recover(http: ht
     with ThreadPoolExecutor(JOBS) as pool:
         answers = list(pool.map(lambda body: drawn(http, **body), bodies))
     assert {answer.status_code for answer in answers} <= {200, 504}
-    good = [(b["floor"], a.json()["receipt"]) for a, b in zip(answers, bodies, strict=True) if a.status_code == 200]
-    assert len(good) >= JOBS // 3
-    assert any(receipt["downgraded"] and receipt["why"] in ("load", "deadline") for _, receipt in good)
+    return [(b["floor"], a.json()["receipt"]) for a, b in zip(answers, bodies, strict=True) if a.status_code == 200]
+
+
+def test_under_load_answers_get_cheaper_down_to_their_floor_and_recover(http: httpx.Client) -> None:
+    """Budgets shrink until full cannot keep them: when that is depends on the machine, what happens then does not."""
+    floors = {gear: drawn(http, gear=gear).json()["receipt"]["exit_depths"] for gear in ("full", "balanced", "eco")}
+    begun = time.monotonic()
+    assert drawn(http, gear="full").status_code == 200
+    alone_ms, good = 1000 * (time.monotonic() - begun), list[tuple[str, dict[str, Any]]]()
+    for share in (0.6, 0.4, 0.25, 0.15):
+        good += burst(http, round(alone_ms * JOBS * share) + 500)
+        if any(receipt["downgraded"] for _, receipt in good):
+            break
+    assert {receipt["why"] for _, receipt in good if receipt["downgraded"]} <= {"load", "deadline"}
+    assert any(receipt["downgraded"] for _, receipt in good)
     for floor, receipt in good:
         assert receipt["requested"] == "auto"
         assert receipt["downgraded"] == (receipt["gear"] != "full")

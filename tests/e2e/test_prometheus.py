@@ -33,7 +33,13 @@ QUIET = {
     "Batch splits",
     "Webhooks",
     "Ledger balance",
+    "Saved and downgraded",
+    "Gear shifts",
+    "Floor hits",
+    "Shadow runs",
 }
+# Without a downgraded answer there is nothing to make again; tests/e2e/test_shadow.py makes some.
+UNSEEN = {"Shadow gap", "Class agreement"}
 
 
 def picture(seed: int) -> str:
@@ -82,7 +88,7 @@ def silent(server: Prometheus, asked: list[Query]) -> list[Query]:
 def test_dashboard_shows_a_running_service(offramp_up: Offramp, tmp_path: Path) -> None:
     targets = {"gateway": urlsplit(offramp_up.url).netloc, "worker": urlsplit(offramp_up.worker_metrics_url).netloc}
     with prometheus(tmp_path, targets) as server:
-        left = queries()
+        left = [query for query in queries() if query.panel not in UNSEEN]
         with load(offramp_up.url) as running:
 
             def all_moved() -> bool:

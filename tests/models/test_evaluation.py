@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from models.api import ExitSchedule, Gear, SolverOptions
 from models.backbones.dit import DiT, DiTConfig
+from models.evaluation import served_times
 from models.evaluation.adaptive import shares
 from models.evaluation.cli import app
 from models.evaluation.dynamic import Adaptive
@@ -201,7 +202,9 @@ def test_the_exit_is_one_step_late_and_thresholds_move_it():
     assert sorted(mixed(1, guided).tolist()) == [0, 1, 2]
 
 
-def test_classify_measures_every_method(zoo, data):
+def test_classify_measures_every_method(zoo, data, monkeypatch):
+    monkeypatch.setattr(served_times, "REPEATS", 2)
+    monkeypatch.setattr(served_times, "TIMED", {32: 64, 1: 4})
     output, summary = run("classify", zoo / "toy", "--data", data, "--ood", data, "--write", "--plots", zoo / "plots")
     assert {path.name for path in (zoo / "plots").iterdir()} == {"reliability.png", "risk-coverage.png"}
     methods = set(read_json(zoo / "toy" / "calibration.json")["methods"])

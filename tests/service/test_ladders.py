@@ -70,6 +70,15 @@ def test_methods_give_the_ensemble_to_all_then_to_fewer_and_fewer_flagged_images
     assert rungs_of(replace(JUDGE, methods={"single": 1.0, "bridges": 1.3})) == ("single",)
 
 
+@pytest.mark.parametrize("cost", [0.48154, 1.38449999, 2.0, 12.34567, 123.45678])
+def test_a_rung_of_a_cascade_pays_for_its_point(cost: float) -> None:
+    info = replace(JUDGE, methods={"cascade": 1.5}, cascade=(CascadePoint(0.1, cost, RULE),))
+    [rung] = rungs_of(info)
+    work = moved(ClassifyWork(model="judge", images=(b"x",), method="cascade", top_k=1), rung)
+    assert work.max_cost is not None
+    assert cost <= work.max_cost < cost + 2e-4
+
+
 def test_each_rung_is_cheaper_than_the_one_before() -> None:
     times = [method_time(rung, JUDGE) for rung in rungs_of(JUDGE)]
     assert all(b <= 0.85 * a for a, b in pairwise(times))

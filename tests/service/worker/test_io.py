@@ -29,6 +29,7 @@ from service.worker.io import WorkerIO
 from service.worker.lane import Lane
 from service.worker.main import loop
 from service.worker.quarantine import Quarantine
+from service.worker.shadow import Shadow
 from tests.service.worker.toy import BAD_PIXELS, ToyClassify, ToyGenerate, pixels
 from tests.service.worker.work import GATEWAY, draw, judge
 
@@ -58,7 +59,8 @@ def serving(url: str, *tasks: Any, drain: bool = True, **settings: Any) -> Itera
     name = f"worker-{uuid4().hex[:6]}"
     io = WorkerIO(url, name, engines, Settings(redis_url=url, **settings), metrics, wake.set)
     stop = SimpleNamespace(asked=False)
-    ticking = threading.Thread(target=loop, args=(engines, io, stop, wake), daemon=True)
+    shadow = Shadow(engines, metrics, share=1.0)
+    ticking = threading.Thread(target=loop, args=(engines, io, stop, wake, shadow), daemon=True)
     io.start()
     ticking.start()
     yield SimpleNamespace(io=io, metrics=metrics, name=name)

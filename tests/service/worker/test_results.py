@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,6 +82,25 @@ def test_answers_survive_the_wire_and_are_counted() -> None:
     assert value("offramp_decisions_total", model="judge", method="single", decision="escalate") == 1
     assert value("offramp_decisions_total", model="judge", method="single", decision="accept") is None
     assert value("offramp_disagreement_nats_sum", model="judge", method="single") == 0.1
+
+
+def test_what_was_served_is_counted_and_not_what_was_asked() -> None:
+    metrics, info = WorkerMetrics(), ToyGenerate().info
+    metrics.declare(replace(info, gears=(*info.gears, replace(info.gears[0], name="half"))), "cpu")
+    row = GeneratedRow(np.zeros((2, 2, 1), np.uint8), 3, 5, (4,), 4, 4)
+    receipts = [{"gear": "half", "downgraded": True}, {"gear": "full", "downgraded": False}]
+    for receipt, outcome in ((receipts[0], "ok"), (receipts[1], "ok"), (receipts[0], "failed")):
+        done = Finished(delivery(draw(rows=2, format="png")), outcome, rows=(row, row), receipt=receipt)  # type: ignore[arg-type]
+        record(metrics, "toy", to_result(done, "w", 10**6), done)
+
+    def value(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(name, {"model": "toy", **labels})
+
+    assert value("offramp_images_total", mode="half") == 2
+    assert value("offramp_images_total", mode="full") == 2
+    assert value("offramp_jobs_by_gear_total", gear="half", downgraded="true") == 1
+    assert value("offramp_jobs_by_gear_total", gear="full", downgraded="false") == 1
+    assert value("offramp_jobs_by_gear_total", gear="half", downgraded="false") == 0
 
 
 def test_images_larger_than_a_result_may_be_are_a_failure_that_names_the_setting() -> None:
