@@ -23,7 +23,7 @@ from service.simulation.task import Clock, SimTask
 from service.simulation.traces import Arrival
 from service.worker.engine import Engine, Finished, Tick
 from service.worker.gears import Queue, TickTime
-from service.worker.lane import MOST_STEP_BACK_S, STEP_BACK_S
+from service.worker.lane import step_back_s
 
 LOOK_S = 0.001  # from an entry or room to the take that sees it
 ANSWER_S = 0.004  # from a tick's end to the answer: encode, store, wake
@@ -178,8 +178,7 @@ class Fleet:
             self._waiting[chosen], self._waiting[-1] = self._waiting[-1], self._waiting[chosen]
             worker = self._waiting.pop()
             worker.waiting = False
-            busy = self._terms.slots - worker.room
-            self._look_soon(worker, LOOK_S + min(MOST_STEP_BACK_S, STEP_BACK_S * busy))
+            self._look_soon(worker, LOOK_S + step_back_s(worker.engine) * (len(self.workers) > 1))
 
     def _look_soon(self, worker: Worker, seconds: float) -> None:
         worker.looking = True

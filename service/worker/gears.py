@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 RUNNING = 0.85  # share of what is left of a deadline that a running row may take
 WAITING = 0.5  # share of a budget that a queue may take to drain; admission refuses beyond 0.7
-LOOSE = 0.6  # strain up to which the rung above may be taken
+LOOSE = 0.7  # strain up to which the rung above may be taken
 SPARE = 0.85  # load up to which it may be
-HOLD_S = 2.0  # how long both have to hold
-MOST_HOLD_S = 32.0
+HOLD_S = 1.0  # how long the rung above would have to do
+MOST_HOLD_S = 8.0
 FILLED = 0.7  # share of a budget that rows running side by side may take
 BESIDE = 1.2  # how much slower than alone rows may be side by side, whatever the budget
 DOOMED = 1.3  # times over its deadline, at the cheapest rung, from which no gear helps a row
@@ -27,9 +27,8 @@ RECENT = 64
 
 
 class Governor:
-    """Which rung to be in: down at once under strain, or while more is asked for than it can do; up one at a time
-    after a calm. A climb that did not last doubles the calm that the next one needs, so that a load between two rungs
-    does not make it swing."""
+    """Which rung to be in: down at once under strain, or while more is asked for than it can do; up one at a time after
+    a calm. A climb that fails at once doubles the calm that the next one needs, one that lasts halves it."""
 
     def __init__(self, rungs: int) -> None:
         self.rung, self._rungs = 0, rungs
@@ -37,40 +36,35 @@ class Governor:
         self._calm_since: float | None = None
         self._climbed = -math.inf
 
-    def decide(self, now_s: float, strains: Sequence[float], loads: Sequence[float], idle_s: float = 0.0) -> int:
-        """The rung from now on; `idle_s`: time without work until just now, which counts as calm."""
-        self._rest(idle_s)
-        enough = [strain <= 1 and (strain <= LOOSE or load <= 1) for strain, load in zip(strains, loads, strict=True)]
-        if not enough[self.rung] and self.rung < self._rungs - 1:
-            self._descend(now_s, enough)
-        elif self.rung:
-            self._climb(now_s, strains[self.rung - 1] <= LOOSE and loads[self.rung - 1] <= SPARE)
-        return self.rung
-
     def rested(self, idle_s: float) -> int:
         """The rung after so long without work."""
         return max(0, self.rung - int(idle_s / HOLD_S))
 
-    def _rest(self, idle_s: float) -> None:
-        if idle_s >= HOLD_S:
-            self.rung, self._hold_s, self._calm_since = self.rested(idle_s), HOLD_S, None
+    def decide(self, now_s: float, strains: Sequence[float], loads: Sequence[float], idle_s: float = 0.0) -> int:
+        """The rung from now on; `idle_s`: time without work until just now, which counts as calm."""
+        if (rested := self.rested(idle_s)) != self.rung:
+            self.rung, self._hold_s, self._calm_since = rested, HOLD_S, None
+        enough = [strain <= 1 and (strain <= LOOSE or load <= 1) for strain, load in zip(strains, loads, strict=True)]
+        if not enough[self.rung] and self.rung < self._rungs - 1:
+            self._descend(now_s, enough)
+        elif self.rung:
+            self._climb(now_s, strains[self.rung - 1], loads[self.rung - 1])
+        return self.rung
 
     def _descend(self, now_s: float, enough: Sequence[bool]) -> None:
-        lasted = now_s - self._climbed
-        if lasted < 2 * self._hold_s:
-            self._hold_s = min(MOST_HOLD_S, 2 * self._hold_s)
-        elif lasted > 2 * MOST_HOLD_S:
-            self._hold_s = HOLD_S
+        failed = now_s - self._climbed < HOLD_S
+        self._hold_s = min(MOST_HOLD_S, 2 * self._hold_s) if failed else max(HOLD_S, self._hold_s / 2)
         below = range(self.rung + 1, self._rungs)
         self.rung = next((rung for rung in below if enough[rung]), self._rungs - 1)
         self._calm_since = None
 
-    def _climb(self, now_s: float, calm: bool) -> None:
-        if not calm:
+    def _climb(self, now_s: float, strain: float, load: float) -> None:
+        """Calm is a time in which the rung above would have done; at its end it has to do with something to spare."""
+        if strain > 1 or load > SPARE:
             self._calm_since = None
         elif self._calm_since is None:
             self._calm_since = now_s
-        elif now_s - self._calm_since >= self._hold_s:
+        elif now_s - self._calm_since >= self._hold_s and strain <= LOOSE:
             self.rung, self._climbed, self._calm_since = self.rung - 1, now_s, None
 
 

@@ -22,7 +22,7 @@ from service.worker.quarantine import Quarantine
 from service.worker.results import told
 
 WAIT_MS = 1000
-STEP_BACK_S, MOST_STEP_BACK_S = 0.003, 0.03
+STEP_BACK_S = 0.03
 RECLAIM_S = 1.0
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,13 @@ class Held:
     useful_until: float
     saving: bool = False
     down: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+def step_back_s(engine: Engine) -> float:
+    """How long one of several workers waits before it takes: an entry wakes them all, and those with fewer rows in hand
+    come first. Less than half a tick, and nothing enters before the next one."""
+    rows = engine.capacity - engine.free_rows()
+    return min(STEP_BACK_S, engine.rate.pace().ms_per_tick / 2000 * rows / (rows + 4))
 
 
 class Lane:
@@ -139,11 +146,8 @@ class Lane:
             await self._for_room()
         else:
             await self._broker.wait(self.model, taken.cursors, WAIT_MS)
-            await asyncio.sleep(self._step_back_s())
-
-    def _step_back_s(self) -> float:
-        """An entry wakes every worker that has room: those with fewer rows in hand come first."""
-        return min(MOST_STEP_BACK_S, STEP_BACK_S * (self.engine.capacity - self.engine.free_rows()))
+            if taken.workers > 1:
+                await asyncio.sleep(step_back_s(self.engine))
 
     async def _for_room(self) -> None:
         """Wait for room or the drain, a second at most."""

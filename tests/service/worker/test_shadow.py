@@ -266,6 +266,7 @@ def test_a_shadow_that_fails_is_counted_and_forgotten() -> None:
         pass
     assert bench.runs() == {"failed": 1}
     task.broken = False
+    bench.engines[0].gears._governor.rung, bench.engines[0]._ended = 1, bench.clock()  # no rest for the gears
     bench.serve(downgraded())
     bench.rest()
     while bench.shadow.step():
