@@ -17,6 +17,7 @@ from service.metrics import WorkerMetrics
 from service.protocol import ClassifyJob, Delivery, GenerateJob
 from service.worker import shadow as shadows
 from service.worker.engine import Engine, Finished, Tick
+from service.worker.gears import Governor
 from service.worker.main import loop
 from service.worker.shadow import KEPT, REST_S, Shadow, alone, apart, judge_of, pixel_gap
 from tests.service.worker.test_engine import Clock
@@ -82,9 +83,13 @@ class Bench:
         for task in tasks:
             self.metrics.declare(task.info, "cpu")
         self.engines = [Engine(task, self.metrics, self.clock) for task in tasks]
-        for engine in self.engines:
-            engine.gears._governor.rung = 1
+        self.to_the_second_rung()
         self.shadow = Shadow(self.engines, self.metrics, share, self.clock, random.Random(0))
+
+    def to_the_second_rung(self) -> None:
+        for engine in self.engines:
+            engine.gears._governor, engine._ended = Governor(2), self.clock()
+            engine.gears._governor.rung = 1
 
     def serve(self, *jobs: Delivery) -> None:
         engine = self.engines[0]
@@ -266,7 +271,7 @@ def test_a_shadow_that_fails_is_counted_and_forgotten() -> None:
         pass
     assert bench.runs() == {"failed": 1}
     task.broken = False
-    bench.engines[0].gears._governor.rung, bench.engines[0]._ended = 1, bench.clock()  # no rest for the gears
+    bench.to_the_second_rung()
     bench.serve(downgraded())
     bench.rest()
     while bench.shadow.step():
