@@ -7,9 +7,9 @@ With `connections` each of them sends its next request when it has its answer (c
 sent at the times of a Poisson process, whatever became of earlier ones, over as many connections as that takes (open
 loop); their latency counts from the time they were due. Keep-alive; answers must carry a Content-Length.
 
-More of a plan: "cpus": [1] pins the client; "patience_s": 60 is how long it waits for answers at the end (what has none
-by then has status 0); "uvloop": true makes it cheaper; "kill": [pid, 3.0] sends SIGKILL to a process three seconds after
-the start (open loop). A connection that nobody takes has status -1.
+More of a plan: "cpus": [1] pins the client; "patience_s": 60 is how long it waits for answers at the end (what has
+none by then, or lost its connection, has status 0); "uvloop": true makes it cheaper; "kill": [pid, 3.0] sends SIGKILL
+to a process three seconds after the start (open loop). A connection that nobody takes has status -1.
 """
 
 from __future__ import annotations

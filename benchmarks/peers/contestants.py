@@ -140,7 +140,7 @@ class Contestant:
                 env=environment, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
-        end = time.monotonic() + 120
+        end = time.monotonic() + 60
         while not self.ready():
             if self._process.poll() is not None or time.monotonic() > end:
                 told = (self.folder / "log").read_text(errors="replace")[-1500:]
@@ -283,7 +283,7 @@ class Offramp(Contestant):
         if self.work in ("generate", "mixed"):
             return dict(body["images"][0])
         result = body["results"][0]
-        return {"probabilities": list(result["probabilities"].values()), **result}
+        return {**result, "probabilities": list(result["probabilities"].values())}
 
     def worker(self) -> int:
         """The newest process that runs `offramp worker`."""
