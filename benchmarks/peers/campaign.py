@@ -1,4 +1,4 @@
-"""Runs cells: one contestant (and way of asking it), one work, one load, one repeat. Each is kept as soon as it is done.
+"""Runs cells: one contestant (and way of asking it), one work, one load, one repeat, each kept as soon as it is done.
 
 For every work: closed loop, from which capacity and the deadline follow; then open loop, where everybody knows the
 deadline; then the kill. The order of the contestants turns with every repeat, and every other one is reversed.
@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.bench_queue import load
 from benchmarks.peers import accounting
 from benchmarks.peers.check import wrong
-from benchmarks.peers.contestants import CLIENT, PATIENT_S, Contestant, contestant
+from benchmarks.peers.contestants import CLIENT, PATIENT_S, Contestant, contestant, variants
 from benchmarks.peers.figures import kill_figures, load_figures, window
 from benchmarks.peers.report import Cells, capacities, deadline_ms
 
@@ -113,12 +113,12 @@ class Campaign:
         there = {(c["contestant"], c["load"]) for c in self.cells if same(c, work=work, kind=kind, repeat=repeat)}
         if any(same(c, work=work, kind="skip", contestant=name) for c in self.cells):
             return
+        asked = variants(name, work)[: 1 if kind == "kill" else None]
+        due = [(variant, at) for variant in asked for at in loads if (called(name, variant), at) not in there]
+        if not due:
+            return
         try:
             who = contestant(name, work, self.plan.venvs, self.plan.batch)
-            variants = who.variants[:1] if kind == "kill" else who.variants
-            due = [(v, at) for v in variants for at in loads if (called(name, v), at) not in there]
-            if not due:
-                return
             who.start(timeout_s)
         except RuntimeError as error:
             self.add({"kind": "skip", "work": work, "contestant": name, "reason": str(error)[-400:]})

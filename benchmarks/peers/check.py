@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.peers.contestants import Contestant, Offramp, requests
+from benchmarks.peers.contestants import Contestant, Offramp, requests, variants
 from benchmarks.peers.work import CLASSES, MODELS, Job, Json, noop, sleep
 from models.tasks import drill
 
@@ -53,7 +53,7 @@ def differs(found: Json, right: Json) -> str:
 def wrong(contestant: Contestant, sample: int = 6) -> str:
     """What is wrong with answers to some requests sent at once, so that they share batches; empty if nothing."""
     sent = requests(contestant.work)[:sample]
-    for variant in contestant.variants:
+    for variant in variants(contestant.name, contestant.work):
         with ThreadPoolExecutor(sample) as pool:
             calls = [contestant.body(request, variant, 60.0) for request in sent]
             bodies: Sequence[Any] = list(pool.map(contestant.ask, calls))

@@ -36,7 +36,12 @@ CORES = sorted(os.sched_getaffinity(0))
 CLIENT, SERVERS = CORES[-1:], CORES[:-1] or CORES
 WORKS = ("noop", "sleep", "generate", "mixed", "classify")
 REQUESTS, STEPS, MIXED = 200, 20, (10, 50)
-PATIENT_S = 60.0
+VARIANTS = {
+    "generate": ("full", "balanced"),
+    "mixed": ("full", "balanced"),
+    "classify": ("ensemble", "bridge", "cascade"),
+}
+PATIENT_S, GRACE_S = 60.0, 4.0
 DRILL = {"kind": "drill", "image": [28, 28, 1], "labels": [str(k) for k in range(CLASSES)]}
 
 
@@ -92,17 +97,14 @@ class Contestant:
 
     Attributes:
         name: as in the tables; `version` likewise.
-        variants: ways of asking it for the same work; most have the one.
     """
 
     name = version = ""
     batch = 0
-    _settings: dict[str, str] = {}
 
     def __init__(self, work: str, tuning: Tuning) -> None:
         self.work, self.tuning = work, tuning
         self.port, self.mark = free_port(), uuid.uuid4().hex
-        self.variants = [""]
 
     def argv(self, setup: Setup) -> list[str]:
         """The command that starts it."""
@@ -155,7 +157,7 @@ class Contestant:
     def stop(self) -> None:
         """Ask it to end, then end what is left of it."""
         self._process.send_signal(signal.SIGTERM)
-        end = time.monotonic() + 10
+        end = time.monotonic() + GRACE_S
         while accounting.members(self.mark) and time.monotonic() < end:
             self._process.poll()
             time.sleep(0.1)
@@ -244,14 +246,6 @@ class Offramp(Contestant):
 
     name = "offramp"
 
-    def __init__(self, work: str, tuning: Tuning) -> None:
-        super().__init__(work, tuning)
-        self.variants = {
-            "generate": ["full", "balanced"],
-            "mixed": ["full", "balanced"],
-            "classify": ["ensemble", "bridge", "cascade"],
-        }.get(work, [""])
-
     def argv(self, setup: Setup) -> list[str]:
         return [sys.executable, "-P", "-m", "service.cli", "up"]
 
@@ -293,6 +287,11 @@ class Offramp(Contestant):
             if b"service.cli" in words and b"worker" in words:
                 found.append(pid)
         return max(found)
+
+
+def variants(name: str, work: str) -> tuple[str, ...]:
+    """Ways of asking a contestant for the same work; the first is what the peers do too."""
+    return VARIANTS.get(work, ("",)) if name == "offramp" else ("",)
 
 
 def contestant(name: str, work: str, folder: Path, batch: int = 0) -> Contestant:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from typing import Any
 
 from mlserver import MLModel, MLServer, ModelSettings, Settings
@@ -29,10 +30,18 @@ class Work(MLModel):
         return InferenceResponse(model_name=self.name, outputs=[output])
 
 
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 async def serve() -> None:
     setup = Setup.read()
+    grpc, metrics = (free_port() for _ in range(2))
     settings = Settings(
-        debug=False, host="127.0.0.1", http_port=setup.port, grpc_port=setup.port + 1, metrics_port=setup.port + 2,
+        debug=False, host="127.0.0.1", http_port=setup.port, grpc_port=grpc, metrics_port=metrics,
         parallel_workers=1, use_structured_logging=False, load_models_at_startup=False,
     )  # fmt: skip
     server = MLServer(settings)

@@ -1,7 +1,8 @@
-"""Ray Serve, with the settings for throughput (HAProxy in front, RAY_SERVE_THROUGHPUT_OPTIMIZED, set by contestants.py):
-docs.ray.io/en/master/serve/advanced-guides/performance.html. `serve.batch`, one batch at a time, the model in a thread so
-that the replica goes on taking requests: docs.ray.io/en/latest/serve/advanced-guides/dyn-req-batch.html and
-asyncio-best-practices.html. `max_ongoing_requests` (5 unless told) must not starve the batches."""
+"""Ray Serve, with the settings for throughput, which contestants.py sets (HAProxy, RAY_SERVE_THROUGHPUT_OPTIMIZED):
+docs.ray.io/en/master/kuberay/user-guides/serve-high-throughput.html and serve/advanced-guides/performance.html.
+`serve.batch`, one batch at a time, the model in a thread so that the replica goes on taking requests:
+dyn-req-batch.html and asyncio-best-practices.html there. `max_ongoing_requests` (5 unless told) must not starve the
+batches."""
 
 from __future__ import annotations
 
