@@ -7,6 +7,7 @@
 
     --only sleep mixed mosec offramp     some works, some contestants
     --venvs DIR                          where the environments are (.offramp/peers)
+    PEERS_SPREAD=1                       contestants may use the client's core too
 
 Work: `noop`; `sleep`, 20 ms a batch of at most 16; `generate`, fashion-dit at 20 steps; `mixed`, the same at 10 to
 50; `classify`, one picture, the ensemble of five in the peers, `ensemble`, `bridge` and `cascade` here. Every
@@ -40,11 +41,11 @@ import torch
 from benchmarks.common import finish
 from benchmarks.peers import venvs
 from benchmarks.peers.campaign import Campaign, Plan
-from benchmarks.peers.contestants import TUNING, WORKS, names
+from benchmarks.peers.contestants import CLIENT, SERVERS, TUNING, WORKS, names
 from benchmarks.peers.report import plots, read, readme, section, summary
 
 PROTOCOL = (
-    "One worker process and one torch thread each; a contestant's processes run on core {servers}, the client on core "
+    "One worker process and one torch thread each; a contestant's processes run on cores {servers}, the client on core "
     "{client}. {repeats} repeats, order turned and reversed; medians, [least, greatest]. Peers batch at most {batch} "
     "requests. noop and sleep: only Offramp decodes the picture."
 )
@@ -52,8 +53,6 @@ PROTOCOL = (
 
 def head(plan: Plan) -> dict[str, Any]:
     """What the tables say of a run."""
-    from benchmarks.peers.contestants import CLIENT, SERVERS
-
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=7"], capture_output=True, text=True, cwd=venvs.REPO
     )

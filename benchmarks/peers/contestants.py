@@ -1,7 +1,7 @@
 """Starting the contestants, and speaking to them: one class for the peers, one for Offramp as users run it.
 
 All processes of a contestant run on the machine's first cores and the client on the last one: with two cores, a
-contestant's front, queue and worker share one, whoever it is.
+contestant's front, queue and worker share one, whoever it is. With PEERS_SPREAD=1 they may use the client's core too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from models.store import ZOO
 from service.demo import free_port
 
 CORES = sorted(os.sched_getaffinity(0))
-CLIENT, SERVERS = CORES[-1:], CORES[:-1] or CORES
+CLIENT, SERVERS = CORES[-1:], CORES if os.environ.get("PEERS_SPREAD") == "1" else CORES[:-1] or CORES
 WORKS = ("noop", "sleep", "generate", "mixed", "classify")
 REQUESTS, STEPS, MIXED = 200, 20, (10, 50)
 VARIANTS = {

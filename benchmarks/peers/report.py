@@ -172,10 +172,20 @@ def kill_table(cells: Cells) -> str:
             again = spread(back)
             rows.append([
                 TITLES[work], name, str(accepted), str(answered), f"{100 * answered / max(1, accepted):.1f} %",
+                f"{sum(cell['saved'] for cell in own)} of {sum(cell['held'] for cell in own)}",
                 str(sum(cell["refused"] for cell in own)),
                 "never" if again is None else f"{again[0]:.1f}" + (" (not always)" if None in back else ""),
             ])  # fmt: skip
-    header = ["SIGKILL of the worker", "", "accepted", "answered", "share", "refused", "answers again after s"]
+    header = [
+        "SIGKILL of the worker",
+        "",
+        "accepted",
+        "answered",
+        "share",
+        "of those in flight",
+        "refused",
+        "answers again after s",
+    ]
     return grid(header, rows) if rows else ""
 
 
@@ -270,7 +280,7 @@ def summary(cells: Cells) -> dict[str, Any]:
     """The last line of JSON: the medians that the tables are made of."""
     found: dict[str, Any] = {"bars": bars(cells), "skipped": of(cells, kind="skip"), "works": {}}
     keys = ["answered_per_s", "goodput_per_s", "p50_ms", "p95_ms", "p99_ms", "cpu_ms", "rss", "pss", "failed"]
-    keys += ["share", "back_s"]
+    keys += ["share", "held", "saved", "back_s"]
     for work in TITLES:
         for cell in cells:
             if cell.get("work") == work and cell["kind"] != "skip":

@@ -53,6 +53,7 @@ def test_a_kill_forgives_refusals_and_counts_every_loss() -> None:
     after = [(1.1, 0.0, -1), (1.2, 0.1, 503), (1.3, 0.1, 429), (1.4, 0.1, 500), (3.0, 0.5, 200)]
     found = kill_figures(before + after, killed_s=1.0)
     assert (found["refused"], found["accepted"], found["answered"]) == (3, 5, 2)
+    assert (found["held"], found["saved"]) == (2, 0)
     assert found["share"] == 0.4
     assert found["back_s"] == 2.5
 
@@ -159,7 +160,7 @@ CELLS = [
     opened("offramp", "1.2", 600), opened("mosec", "1.2", 800), opened("mosec", "0.5", 400), opened("ray", "1.2", 0),
     {"work": "sleep", "contestant": "bentoml", "kind": "skip", "reason": "x\nno such wheel"},
     {"work": "sleep", "contestant": "mosec", "kind": "kill", "load": "0.5", "accepted": 100, "answered": 40,
-     "refused": 7, "back_s": None, "share": 0.4, "repeat": 0},
+     "refused": 7, "held": 9, "saved": 1, "back_s": None, "share": 0.4, "repeat": 0},
 ]  # fmt: skip
 
 
@@ -180,7 +181,7 @@ def test_a_lost_bar_is_said_as_plainly_as_a_won_one() -> None:
     assert "at least 0.95x the goodput of mosec: 0.75x. Not met." in told
     assert "Left out: bentoml in (b) a model of 20 ms a batch of at most 16: no such wheel" in told
     assert "3 runs were discarded" in told
-    assert "| mosec | 100 | 40 | 40.0 % | 7 | never |" in told
+    assert "| mosec | 100 | 40 | 40.0 % | 1 of 9 | 7 | never |" in told
     assert "| mosec | 800 | 70 | 40 % |" in readme(CELLS)
     assert summary(CELLS)["works"]["sleep"]["mosec"]["closed 128"]["answered_per_s"] == 720
 
