@@ -70,6 +70,7 @@ class Campaign:
 
     def __post_init__(self) -> None:
         self.began, self.checked = time.monotonic(), set[tuple[str, str]]()
+        self.left: list[str] = []
 
     def run(self) -> None:
         """Every cell that is not there yet."""
@@ -98,7 +99,9 @@ class Campaign:
     def round(self, work: str, kind: str, repeat: int, loads: dict[str, float], timeout_s: float) -> None:
         """One phase of one repeat, contestant by contestant."""
         for name in self.order(repeat):
-            if not self.over():
+            if self.over():
+                self.left.append(f"{work} {kind} {name}")
+            else:
                 self.turn(work, name, kind, repeat, loads, timeout_s)
 
     def left_over(self) -> bool:

@@ -49,9 +49,9 @@ DRILL = {"kind": "drill", "image": [28, 28, 1], "labels": [str(k) for k in range
 class Tuning:
     """How requests are batched for a work: the peers' most requests and longest wait, and Offramp's slots.
 
-    Both sides get what suits the work. `generate` and `mixed`: two guided pictures saturate a core (card of fashion-dit:
-    a call on four network rows takes 2.9 ms a row, one on 32 rows 2.8), and more in a batch only wait for each other,
-    whoever batches them.
+    Both sides get what suits the work. `generate` and `mixed`: two guided pictures saturate a core (card of
+    fashion-dit: a call on four network rows takes 2.9 ms a row, one on 32 rows 2.8), and more in a batch only wait for
+    each other, whoever batches them.
     """
 
     batch: int
