@@ -5,7 +5,7 @@
 
 With `connections` each of them sends its next request when it has its answer (closed loop). With `rate` requests are
 sent at the times of a Poisson process, whatever became of earlier ones, over as many connections as that takes (open
-loop); their latency counts from the time they were due. Keep-alive; answers must carry a Content-Length.
+loop); their latency counts from the time they were due. Keep-alive; answers have a Content-Length or come in chunks.
 
 More of a plan: "cpus": [1] pins the client; "patience_s": 60 is how long it waits for answers at the end (what has
 none by then, or lost its connection, has status 0); "uvloop": true makes it cheaper; "kill": [pid, 3.0] sends SIGKILL
@@ -24,10 +24,34 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-HEAD_END, LENGTH = b"\r\n\r\n", b"content-length:"
+LINE_END, HEAD_END, LENGTH, CHUNKED = b"\r\n", b"\r\n\r\n", b"content-length:", b"transfer-encoding: chunked"
 Seen = tuple[float, float, int]  # due (seconds from the start), latency (seconds), HTTP status (see above)
 clock = time.perf_counter
 PATIENCE_S = 60.0
+
+
+def body_of(buffer: bytes) -> bytes | None:
+    """The body of the answer in the buffer; None while it is not complete. ValueError where its end cannot be known."""
+    head = buffer.find(HEAD_END)
+    if head < 0:
+        return None
+    names, start = buffer[:head].lower(), head + len(HEAD_END)
+    if (at := names.find(LENGTH)) >= 0:
+        length = int(buffer[at + len(LENGTH) : buffer.find(b"\r", at)])
+        return buffer[start : start + length] if len(buffer) >= start + length else None
+    if CHUNKED not in names:
+        raise ValueError(f"an answer without an end: {buffer[:head]!r}")
+    parts, end = [], buffer.find(LINE_END, start)
+    while end >= 0:
+        size = int(buffer[start:end].split(b";")[0], 16)
+        start = end + len(LINE_END) + size + len(LINE_END)
+        if len(buffer) < start:
+            break
+        if not size:
+            return b"".join(parts)
+        parts.append(buffer[end + len(LINE_END) : start - len(LINE_END)])
+        end = buffer.find(LINE_END, start)
+    return None
 
 
 class Connection(asyncio.Protocol):
@@ -46,15 +70,9 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
-        head = self._buffer.find(HEAD_END)
-        if head < 0:
-            return
-        at = self._buffer.lower().find(LENGTH, 0, head)
-        if at < 0:
-            raise ValueError(f"an answer without Content-Length: {self._buffer[:head]!r}")
-        length = int(self._buffer[at + len(LENGTH) : self._buffer.find(b"\r", at)])
-        if len(self._buffer) >= head + 4 + length:
-            self.body, status, self._buffer = self._buffer[head + 4 :], int(self._buffer[9:12]), b""
+        body = body_of(self._buffer)
+        if body is not None:
+            self.body, status, self._buffer = body, int(self._buffer[9:12]), b""
             due, self._due = self._due, -1.0
             self._done(self, due, status)
 

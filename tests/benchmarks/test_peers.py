@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.bench_queue import load
+from benchmarks.http_client import body_of
 from benchmarks.peers import accounting, venvs
 from benchmarks.peers.accounting import Process, Usage, family, foreign, parse_machine, parse_stat
 from benchmarks.peers.campaign import Campaign, Plan
@@ -219,6 +220,16 @@ def test_quality_is_quoted_from_the_cards() -> None:
     assert cited("classify").count("NLL 0.2") == 3
     assert "`full` Frechet 0.2" in cited("mixed")
     assert cited("sleep") == ""
+
+
+def test_the_client_knows_where_an_answer_ends() -> None:
+    plain = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
+    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2;x=y\r\nlo\r\n0\r\n\r\n"
+    for whole in (plain, chunked):
+        assert [body_of(whole[:n]) for n in range(len(whole))] == [None] * len(whole)
+        assert body_of(whole) == b"hello"
+    with pytest.raises(ValueError, match="without an end"):
+        body_of(b"HTTP/1.1 200 OK\r\n\r\nhello")
 
 
 async def test_the_client_keeps_what_was_lost_and_what_was_not_taken() -> None:
