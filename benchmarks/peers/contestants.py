@@ -41,7 +41,7 @@ VARIANTS = {
     "mixed": ("full", "balanced"),
     "classify": ("ensemble", "bridge", "cascade"),
 }
-PATIENT_S, GRACE_S = 60.0, 4.0
+PATIENT_S, GRACE_S = 600.0, 4.0
 DRILL = {"kind": "drill", "image": [28, 28, 1], "labels": [str(k) for k in range(CLASSES)]}
 
 
