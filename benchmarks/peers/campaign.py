@@ -147,6 +147,8 @@ class Campaign:
         """Measure one cell, again while strangers use too much of the machine."""
         measure = {"closed": self.closed, "open": self.open, "kill": self.kill}[where["kind"]]
         for discarded in range(self.plan.tries):
+            if discarded:  # what the run before left behind goes first
+                who.ready()
             found = measure(who, variant, where, load_, timeout_s)
             if found is None:
                 return

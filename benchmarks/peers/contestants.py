@@ -174,7 +174,7 @@ class Contestant:
         self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def ask(self, call: tuple[str, Any], timeout_s: float = 30.0) -> Any:
+    def ask(self, call: tuple[str, Any], timeout_s: float = 60.0) -> Any:
         """The JSON of a 200; None for anything else."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         try:
