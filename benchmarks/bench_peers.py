@@ -80,9 +80,9 @@ def plan_of(chosen: argparse.Namespace) -> Plan:
     if not chosen.long:
         there = [n for n in plan.contestants if n in ("offramp", "fastapi") or venvs.python(chosen.venvs, n)]
         if not chosen.only:  # what fits into three minutes
-            works = ["sleep", "mixed", "classify"] if len(there) < 4 else ["sleep"]
+            works = ["sleep", "classify", "mixed"] if len(there) < 4 else ["sleep"]
         plan = replace(
-            plan, works=works, contestants=there, repeats=1, connections=(1, 32), loads=(0.8,), own=0.0, seconds=2.0,
+            plan, works=works, contestants=there, repeats=1, connections=(1, 16), loads=(0.8,), own=0.0, seconds=2.0,
             warmup_s=1.0, slow=2.0, kills=1, killed=("sleep",), kill_s=(1.0, 3.0), tries=1, budget_s=140.0,
         )  # fmt: skip
     said = {name: getattr(chosen, name) for name in ("repeats", "seconds", "foreign", "batch", "budget_s", "kills")}

@@ -23,6 +23,7 @@ TITLES = {
     "mixed": "(c) /generate, the same with 10 to 50 steps",
     "classify": "(d) /classify, fashion-ensemble, one picture",
 }
+FIELD = 3  # fewer peers than that have no best
 BARS = (
     ("sleep", "offramp", "mosec", 0.95),
     ("sleep", "offramp", "best other", 1.0),
@@ -100,13 +101,13 @@ def best_goodput(cells: Cells, work: str, name: str) -> float | None:
 
 
 def bars(cells: Cells) -> list[dict[str, Any]]:
-    """What was promised, and what came of it, by the best goodput of each."""
+    """What was promised, and what came of it, by the best goodput of each; nothing where the rivals were not there."""
     found = []
     for work, who, against, wanted in BARS:
         able = {name: best_goodput(cells, work, name) or 0.0 for name in contestants(cells, work)}
         others = {n: r for n, r in able.items() if not ours(n) and (against != "best other" or n != "mosec")}
-        rival = against if against in able else max(others, key=lambda n: others[n], default="")
-        if able.get(who) and able.get(rival):
+        rival = max(others, key=lambda n: others[n], default="") if against.startswith("best") else against
+        if able.get(who) is not None and able.get(rival) and (rival == against or len(others) >= FIELD):
             ratio = able[who] / able[rival]
             found.append(
                 {"work": work, "who": who, "rival": rival, "ratio": ratio, "bar": wanted, "met": ratio >= wanted}

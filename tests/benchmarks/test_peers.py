@@ -175,10 +175,13 @@ def test_capacity_is_the_best_peers_and_disturbed_cells_do_not_count() -> None:
 
 def test_a_lost_bar_is_said_as_plainly_as_a_won_one() -> None:
     assert best_goodput(CELLS, "sleep", "mosec") == 800
-    to_mosec, to_others = bars([*CELLS, opened("ray", "own", 60)])
+    field = [*CELLS, opened("ray", "own", 60), opened("litserve", "1.2", 50), opened("bentoml", "1.2", 40)]
+    to_mosec, to_others = bars(field)
     assert (to_mosec["rival"], to_mosec["ratio"], to_mosec["met"]) == ("mosec", 0.75, False)
     assert (to_others["rival"], to_others["ratio"], to_others["met"]) == ("ray", 10.0, True)
-    told = section([*CELLS, opened("ray", "own", 60)])
+    assert [bar["rival"] for bar in bars(CELLS)] == ["mosec"]
+    assert bars([cell for cell in field if cell.get("contestant") not in ("mosec", "ray")]) == []
+    told = section(field)
     assert "at least 0.95x the goodput of mosec: 0.75x. Not met." in told
     assert "Left out: bentoml in (b) a model of 20 ms a batch of at most 16: no such wheel" in told
     assert "3 runs were discarded" in told
