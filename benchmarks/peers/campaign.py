@@ -134,7 +134,8 @@ class Campaign:
             self.checked.add((work, name))
             for variant, at in due:
                 if self.over():
-                    return
+                    self.left.append(f"{work} {kind} {called(name, variant)} {at}")
+                    continue
                 where = {"work": work, "contestant": called(name, variant), "kind": kind, "load": at}
                 self.cell(who, variant, {**where, "repeat": repeat}, loads[at], timeout_s)
                 if (variant, at) != due[-1] and kind == "open" and self.left_over():
@@ -189,7 +190,7 @@ class Campaign:
     def closed(self, who: Contestant, variant: str, where: Cell, connections: float, timeout_s: float) -> Cell:
         start, seconds = self.plan.warmup_s, self.length(where["work"])
         last = int(connections) == max(self.plan.connections) and where["contestant"] == self.last(who)
-        plan = {"connections": int(connections), "seconds": start + seconds, "patience_s": 0.0 if last else DRAIN_S}
+        plan = {"connections": int(connections), "seconds": start + seconds, "patience_s": 0.5 if last else DRAIN_S}
         seen, spent = self.sent(who, variant, plan, timeout_s)
         return load_figures(window(seen, start, start + seconds, "end"), seconds, timeout_s) | spent
 
