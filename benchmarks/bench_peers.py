@@ -30,7 +30,9 @@ import json
 import os
 import platform
 import resource
+import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +147,7 @@ def main() -> None:
     if not any(cell["kind"] == "head" for cell in cells):
         campaign.cells.append(head(plan))
         keep(campaign.cells[-1])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     campaign.run()
     if campaign.left:
         print(f"Not begun within {plan.budget_s:g} s: {'; '.join(campaign.left)}\n")

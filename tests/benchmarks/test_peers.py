@@ -237,18 +237,17 @@ def test_the_client_knows_where_an_answer_ends() -> None:
 
 async def test_the_client_keeps_what_was_lost_and_what_was_not_taken() -> None:
     """A server that answers its first request, hangs at the second, and closes the third connection."""
-    count = 0
+    served: list[asyncio.Task[None] | None] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal count
         await reader.readuntil(b"\r\n\r\n")
-        count += 1
-        if count == 1:
+        served.append(asyncio.current_task())
+        if len(served) == 1:
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-            await asyncio.sleep(1)
-        elif count == 2:
-            await asyncio.sleep(1)
+        if len(served) < 3:
+            await reader.read()  # until the client has gone
         writer.close()
+        await writer.wait_closed()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
@@ -257,5 +256,6 @@ async def test_the_client_keeps_what_was_lost_and_what_was_not_taken() -> None:
     assert sorted(status for *_, status in found["seen"]) == [0, 0, 200]
     server.close()
     await server.wait_closed()
+    await asyncio.gather(*(task for task in served if task))
     gone = await asyncio.to_thread(load, port, plan | {"rate": 100.0, "seconds": 0.2})
     assert {status for *_, status in gone["seen"]} == {-1}
