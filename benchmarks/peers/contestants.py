@@ -49,7 +49,8 @@ DRILL = {"kind": "drill", "image": [28, 28, 1], "labels": [str(k) for k in range
 class Tuning:
     """How requests are batched for a work: the peers' most requests and longest wait, and Offramp's slots.
 
-    Both sides get what suits the work. `generate` and `mixed`: two guided pictures saturate a core (card of
+    Both sides get what suits the work. `sleep`: a step of Offramp's that has more than the peers' batch takes as many
+    times as long, and slots are twice that, since rows keep theirs until their answers are stored. `generate` and `mixed`: two guided pictures saturate a core (card of
     fashion-dit: a call on four network rows takes 2.9 ms a row, one on 32 rows 2.8), and more in a batch only wait for
     each other, whoever batches them.
     """
@@ -61,7 +62,7 @@ class Tuning:
 
 TUNING = {
     "noop": Tuning(16, 1, 64),
-    "sleep": Tuning(16, 5, 16),
+    "sleep": Tuning(16, 5, 32),
     "generate": Tuning(2, 2, 2),
     "mixed": Tuning(2, 2, 2),
     "classify": Tuning(16, 5, 16),
@@ -258,7 +259,7 @@ class Offramp(Contestant):
         models = self.folder / "models"
         if self.work in ("noop", "sleep"):
             (models / self.work).mkdir(parents=True)
-            slow = {"evaluations": 1, "step_ms": SLEEP_MS} if self.work == "sleep" else {}
+            slow = {"evaluations": 1, "step_ms": SLEEP_MS, "batch": self.tuning.batch} if self.work == "sleep" else {}
             (models / self.work / "config.json").write_text(json.dumps({**DRILL, "name": self.work, **slow}))
         elif self.work == "classify":
             shutil.copytree(ZOO, models, ignore=shutil.ignore_patterns("samples"))
