@@ -50,9 +50,9 @@ class Tuning:
     """How requests are batched for a work: the peers' most requests and longest wait, and Offramp's slots.
 
     Both sides get what suits the work. `sleep`: a step of Offramp's that has more than the peers' batch takes as many
-    times as long, and slots are twice that, since rows keep theirs until their answers are stored. `generate` and `mixed`: two guided pictures saturate a core (card of
-    fashion-dit: a call on four network rows takes 2.9 ms a row, one on 32 rows 2.8), and more in a batch only wait for
-    each other, whoever batches them.
+    times as long, and slots are twice that, since rows keep theirs until their answers are stored. `generate` and
+    `mixed`: two guided pictures saturate a core (card of fashion-dit: a call on four network rows takes 2.9 ms a row,
+    one on 32 rows 2.8), and more in a batch only wait for each other, whoever batches them.
     """
 
     batch: int
