@@ -49,10 +49,10 @@ DRILL = {"kind": "drill", "image": [28, 28, 1], "labels": [str(k) for k in range
 class Tuning:
     """How requests are batched for a work: the peers' most requests and longest wait, and Offramp's slots.
 
-    Both sides get what suits the work. `sleep`: a step of Offramp's that has more than the peers' batch takes as many
-    times as long, and slots are twice that, since rows keep theirs until their answers are stored. `generate` and
-    `mixed`: two guided pictures saturate a core (card of fashion-dit: a call on four network rows takes 2.9 ms a row,
-    one on 32 rows 2.8), and more in a batch only wait for each other, whoever batches them.
+    Slots are twice the batch, since a row keeps its own until its answer is stored; a step of `sleep` that has more
+    rows than the batch takes as many times as long. `generate` and `mixed`: two guided pictures saturate a core (card
+    of fashion-dit: a call on four network rows takes 2.9 ms a row, one on 32 rows 2.8), and more in a batch only wait
+    for each other, whoever batches them.
     """
 
     batch: int
@@ -61,11 +61,11 @@ class Tuning:
 
 
 TUNING = {
-    "noop": Tuning(16, 1, 64),
+    "noop": Tuning(16, 1, 32),
     "sleep": Tuning(16, 5, 32),
-    "generate": Tuning(2, 2, 2),
-    "mixed": Tuning(2, 2, 2),
-    "classify": Tuning(16, 5, 16),
+    "generate": Tuning(2, 2, 4),
+    "mixed": Tuning(2, 2, 4),
+    "classify": Tuning(16, 5, 32),
 }
 
 
