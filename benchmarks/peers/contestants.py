@@ -134,7 +134,7 @@ class Contestant:
 
     def start(self, timeout_s: float = PATIENT_S) -> None:
         """Start and wait until it answers; RuntimeError with the end of its log when it does not."""
-        self.folder = Path(tempfile.mkdtemp(prefix="peers-", dir="/tmp"))
+        self.folder = Path(tempfile.mkdtemp(prefix="peers-"))
         setup = Setup(
             self.work, self.port, self.batch or self.tuning.batch, self.tuning.wait_ms, timeout_s,
             str(self.folder / "worker.pid"),
