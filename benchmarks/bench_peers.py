@@ -150,7 +150,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     campaign.run()
     if campaign.left:
-        print(f"Not begun within {plan.budget_s:g} s: {'; '.join(campaign.left)}\n")
+        print("Not run, for lack of time where no reason is given:", "; ".join(campaign.left), "\n")
     print(section(campaign.cells), readme(campaign.cells), sep="\n")
     finish("peers", **summary(campaign.cells))
 

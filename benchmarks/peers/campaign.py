@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Any
 
 from benchmarks.bench_queue import load
@@ -121,11 +122,8 @@ class Campaign:
         due = [(variant, at) for variant in asked for at in loads if (called(name, variant), at) not in there]
         if not due:
             return
-        try:
-            who = contestant(name, work, self.plan.venvs, self.plan.batch)
-            who.start(timeout_s)
-        except RuntimeError as error:
-            self.add({"kind": "skip", "work": work, "contestant": name, "reason": str(error)[-400:]})
+        who = self.started(work, name, timeout_s)
+        if who is None:
             return
         try:
             if (work, name) not in self.checked and (why := wrong(who)):
@@ -141,8 +139,23 @@ class Campaign:
                 if (variant, at) != due[-1] and kind == "open" and self.left_over():
                     who.stop()
                     who.start(timeout_s)
+        except (RuntimeError, OSError, ValueError, SubprocessError) as error:  # a resumed run tries again
+            self.left.append(f"{work} {kind} {name}: {error!r}"[:300])
+            self.say(self.left[-1])
         finally:
             who.stop()
+
+    def started(self, work: str, name: str, timeout_s: float) -> Contestant | None:
+        """A contestant that answers; None, and the reason kept, when it twice does not."""
+        for last in (False, True):
+            try:
+                who = contestant(name, work, self.plan.venvs, self.plan.batch)
+                who.start(timeout_s)
+                return who
+            except RuntimeError as error:
+                if last:
+                    self.add({"kind": "skip", "work": work, "contestant": name, "reason": str(error)[-400:]})
+        return None
 
     def cell(self, who: Contestant, variant: str, where: Cell, load_: float, timeout_s: float) -> None:
         """Measure one cell, again while strangers use too much of the machine."""

@@ -161,7 +161,9 @@ class Contestant:
         return {}
 
     def stop(self) -> None:
-        """Ask it to end, then end what is left of it."""
+        """Ask it to end, then end what is left of it; nothing where it has ended."""
+        if not self.folder.exists():
+            return
         self._process.send_signal(signal.SIGTERM)
         end = time.monotonic() + GRACE_S
         while accounting.members(self.mark) and time.monotonic() < end:
