@@ -46,6 +46,7 @@ class Drill:
         labels: class names.
         image: height, width, channels.
         evaluations: steps of a row; `step_ms` milliseconds that each takes, whatever the batch.
+        batch: rows that one step is for, where it is not 0; a step of more takes as many times as long.
         faults: whether images may make trouble, `most_rows` and `hang_s` how they do it.
     """
 
@@ -55,6 +56,7 @@ class Drill:
     image: tuple[int, int, int] = (1, 1, 1)
     evaluations: int = 0
     step_ms: float = 0.0
+    batch: int = 0
     faults: bool = False
     most_rows: int = 1
     hang_s: float = 3600.0
@@ -66,8 +68,8 @@ class Drill:
             raise ValueError("labels must be two or more")
         if len(self.image) != 3 or min(self.image) < 1:
             raise ValueError(f"image must be height, width and channels, got {self.image}")
-        if min(self.evaluations, self.step_ms) < 0:
-            raise ValueError("evaluations and step_ms must not be negative")
+        if min(self.evaluations, self.step_ms, self.batch) < 0:
+            raise ValueError("evaluations, step_ms and batch must not be negative")
         if self.faults and not self.evaluations:
             raise ValueError("faults happen in steps: set evaluations to 1 or more")
 
@@ -152,7 +154,7 @@ class DrillTask:
     def step(self, slots: Sequence[int]) -> StepStats:
         """Take `step_ms`, make the trouble that was asked for, digest every row once more."""
         if self.drill.step_ms:
-            time.sleep(self.drill.step_ms / 1000)
+            time.sleep(self.drill.step_ms / 1000 * math.ceil(len(slots) / (self.drill.batch or len(slots) or 1)))
         if self.drill.faults:
             self._trouble(slots)
         for slot in slots:

@@ -108,6 +108,18 @@ def test_a_hang_ends_after_its_time(tmp_path: Path) -> None:
     assert task.collect([0])[0].probabilities == answer(bytes([Fault.HANG, 0]), 1, 3)
 
 
+@pytest.mark.parametrize(("rows", "batch", "slept"), [(4, 0, 0.02), (4, 4, 0.02), (5, 4, 0.04), (1, 4, 0.02)])
+def test_a_step_of_too_many_rows_takes_as_many_times_as_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, batch: int, slept: float
+) -> None:
+    sleeps: list[float] = []
+    monkeypatch.setattr("models.tasks.drill.time.sleep", sleeps.append)
+    task = drill(tmp_path, evaluations=1, step_ms=20, batch=batch)
+    task.admit(work(*[b"ab"] * rows), range(rows), range(rows))
+    task.step(range(rows))
+    assert sleeps == [slept]
+
+
 def test_no_image_makes_trouble_unless_the_folder_says_so(tmp_path: Path) -> None:
     task = drill(tmp_path, evaluations=1)
     images = [bytes([fault, 0]) for fault in Fault]
@@ -124,6 +136,7 @@ def test_no_image_makes_trouble_unless_the_folder_says_so(tmp_path: Path) -> Non
         ({"labels": ["a"]}, "labels must be two or more"),
         ({"image": [1, 1]}, "image must be height, width and channels"),
         ({"evaluations": -1}, "must not be negative"),
+        ({"batch": -1}, "must not be negative"),
         ({"faults": True}, "set evaluations to 1 or more"),
     ],
 )
