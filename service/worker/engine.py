@@ -71,10 +71,10 @@ class Engine:
         self.pressed = False
         self._publish()
 
-    def offer(self, delivery: Delivery) -> None:
-        """Hand over a job; it enters at the next tick."""
+    def offer(self, *deliveries: Delivery) -> None:
+        """Hand over jobs; they enter at the next tick, none before the others."""
         with self._lock:
-            self._inbox.append((delivery, self._clock() * 1000))
+            self._inbox += [(delivery, self._clock() * 1000) for delivery in deliveries]
             self._idle = False
 
     def withdraw(self, attempts: Iterable[str]) -> None:

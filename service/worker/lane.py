@@ -135,8 +135,7 @@ class Lane:
         self.engine.pressed = taken.full or not self._free_seen
         waits = taken.backlog if self.engine.pressed else 0  # with room left nothing waits, whatever runs elsewhere
         self.engine.gears.queue = Queue(waits, taken.asked, max(1, taken.workers))
-        for delivery in taken.deliveries:
-            self._receive(delivery)
+        self._offer([held for delivery in taken.deliveries if (held := self._receive(delivery))])
         for wake, outcome in taken.ended:
             self._metrics.outcomes.labels(self.model, outcome).inc()
             if outcome == "expired":
@@ -162,7 +161,8 @@ class Lane:
         await self._renew()
         self.ready, self._reclaim_at = True, 0.0
 
-    def _receive(self, delivery: Delivery) -> None:
+    def _receive(self, delivery: Delivery) -> Held | None:
+        """A job is in hand; returned when it is for the engine at once."""
         if earlier := self.hand.get(delivery.entry):
             self._put_down(earlier.delivery)
             self.engine.withdraw([earlier.delivery.attempt])
@@ -175,17 +175,19 @@ class Lane:
         elif self._quarantine.forbids(self):
             self._spawn(self._afterwards(held))
         else:
-            self._offer(held)
+            return held
+        return None
 
-    def _offer(self, held: Held) -> None:
-        if self.hand.get(held.delivery.entry) is held:
-            self.engine.offer(held.delivery)
+    def _offer(self, jobs: Sequence[Held]) -> None:
+        """Give the engine what is still in hand, all at once: its next tick has all of it."""
+        if kept := [held.delivery for held in jobs if self.hand.get(held.delivery.entry) is held]:
+            self.engine.offer(*kept)
             self._wake()
 
     async def _alone(self, held: Held) -> None:
         """Run a job that may have killed its workers, with nothing else in this process."""
         async with self._quarantine.held(self):
-            self._offer(held)
+            self._offer([held])
             await held.down.wait()
         self._alone_in_hand = False
         self.room.set()
@@ -193,7 +195,7 @@ class Lane:
     async def _afterwards(self, held: Held) -> None:
         """Run a job that was taken while another lane's ran alone."""
         async with self._quarantine.lock:
-            self._offer(held)
+            self._offer([held])
 
     async def beat(self) -> None:
         """Renew leases every third of one, but only while ticks progress: a hung engine loses its jobs."""

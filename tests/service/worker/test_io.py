@@ -91,6 +91,15 @@ async def answer(broker: Broker, job: Job) -> Result:
     return result
 
 
+async def test_what_is_taken_together_enters_together(broker: Broker, valkey_url: str, model: str) -> None:
+    task = ToyGenerate(model, capacity=8)
+    jobs = [await submit(broker, draw(model=model, seed=n)) for n in range(8)]
+    with serving(valkey_url, task):
+        for job in jobs:
+            await answer(broker, job)
+    assert len(task.batches[0]) == 8
+
+
 async def test_mixed_jobs_are_each_answered_once(broker: Broker, valkey_url: str, model: str) -> None:
     rng = random.Random(2)
     jobs = [draw(rng.randint(1, 6), rng.randint(1, 7), seed=100 * i, model=model) for i in range(32)]
