@@ -28,6 +28,7 @@ from service.gateway.middleware import BodyLimit, Edge
 from service.gateway.replies import Replies
 from service.gateway.routes import classify, generate, health, jobs, models
 from service.gateway.schemas import Problem, problem_of
+from service.gateway.shedding import Lag, Shed
 from service.gateway.state import Catalogue, Gateway
 from service.gateway.webhooks import Webhooks
 from service.keys import gateway_keyring
@@ -61,9 +62,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.webhooks = Webhooks(broker, metrics, settings)
     app.state.expiry = Expiry(broker, settings)
     app.state.crowd = Crowd()
+    lag = app.state.lag = Lag()
     app.state.leaving = lambda: False
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     app.add_middleware(Guard, keys=keyring, broker=broker)
+    app.add_middleware(Shed, lag=lag)
     app.add_middleware(Edge, metrics=metrics, respond=problem)
     for route in (generate, classify, jobs, models, health):
         app.include_router(route.router)
@@ -78,7 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     gateway: Gateway = app.state.gateway
     try:
-        async with gateway.replies, app.state.webhooks, app.state.expiry:
+        async with gateway.replies, app.state.webhooks, app.state.expiry, app.state.lag:
             yield
     finally:
         await gateway.broker.aclose()
