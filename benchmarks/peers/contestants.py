@@ -244,7 +244,7 @@ HOW: dict[str, tuple[Any, ...]] = {
     "litserve": ("/predict",),
     "bentoml": ("/predict", lambda request: {"requests": [request]}, lambda body: body[0]),
     "ray": ("/",),
-    "mlserver": ("/v2/models/work/infer", mlserver_wrap, lambda body: json.loads(body["outputs"][0]["data"][0])),
+    "mlserver": ("/v2/models/peer/infer", mlserver_wrap, lambda body: json.loads(body["outputs"][0]["data"][0])),
     "fastapi": ("/predict",),
 }
 

@@ -102,8 +102,8 @@ class SimTask:
         return [b""] * len(slots)
 
     def restore(self, work: GenerateWork, indices: Sequence[int], slots: Sequence[int], states: Sequence[bytes]) -> Any:
-        """Nothing is ever saved."""
-        raise NotImplementedError
+        """ValueError: nothing is ever saved, so every state is another task's; the engine begins such rows again."""
+        raise ValueError("a simulated row has no saved state")
 
     def preview(self, slots: Sequence[int]) -> Sequence[None]:
         """Nothing to see."""

@@ -123,7 +123,7 @@ class Queue:
     """A model's queue as the last take saw it.
 
     Attributes:
-        backlog: cost queued and running, of all workers.
+        backlog: cost queued and running, of all workers; 0 where the take left room, since nothing waits then.
         asked: cost of all that was ever asked for and could have been done in time by an idle service.
         workers: live ones, at least 1.
     """

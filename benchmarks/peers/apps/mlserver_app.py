@@ -46,7 +46,7 @@ async def serve() -> None:
     )  # fmt: skip
     server = MLServer(settings)
     model = ModelSettings(
-        name="work", implementation=Work, max_batch_size=setup.batch, max_batch_time=setup.wait_ms / 1000
+        name="peer", implementation=Work, max_batch_size=setup.batch, max_batch_time=setup.wait_ms / 1000
     )
     await server.start([model])
 
