@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import time
@@ -95,6 +96,8 @@ def gateway() -> None:
     )
     server = uvicorn.Server(config)
     app.state.leaving = lambda: server.should_exit
+    gc.freeze()  # what is there by now stays: no collection looks at it again
+    gc.set_threshold(20_000, 50, 50)
     server.run()
 
 

@@ -1,7 +1,7 @@
 """/classify: rows of every method over one pool of slots.
 
-Admission runs the source on all new rows at once (tap, features and logits, shared by every method); a tick then
-makes one network call for every row that has one to come. Purified rows (`PurifyStage`) make their denoiser's calls
+A tick runs the source on all new rows at once (tap, features and logits, shared by every method), then makes one
+network call for every row that has one to come. Purified rows (`PurifyStage`) make their denoiser's calls
 first; then, in one tick, their method runs on all draws of an image, in cells of the pool beyond its slots.
 """
 
@@ -69,10 +69,11 @@ class ClassifyTask:
         self.method, self.terms = [""] * cells, [Terms()] * cells
         self.alpha, self.draw = np.full(capacity, np.nan), np.zeros(capacity)
         self.done, self.urgent = np.zeros(cells, np.int64), np.zeros(cells, bool)
+        self.fresh = np.zeros(cells, bool)
 
     @torch.inference_mode()
     def admit(self, work: ClassifyWork, indices: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
-        """The source's forward on new rows, or noise on rows to be purified.
+        """Images into slots, for the source's forward in the next step; noise on rows to be purified.
 
         Raises:
             UserError: names max_cost, purify or images where they cannot be served.
@@ -92,13 +93,12 @@ class ClassifyTask:
         self.draw[list(slots)] = uniforms(work.images[i] for i in indices)
         for slot in slots:
             self.method[slot], self.terms[slot] = work.method, terms
+        self.fresh[list(slots)] = plan.source and work.purify is None
         self.stage.forget(slots)
         if work.purify is not None:
             pixels = self.pixels[torch.as_tensor(slots, device=self.device)]
             return [self.stage.enter(slots, pixels, (work.images[i] for i in indices), work.purify)] * len(slots)
-        if plan.source:
-            self._source(slots)
-        return [len(plan.calls)] * len(slots)
+        return [max(1, len(plan.calls))] * len(slots)
 
     def _source(self, slots: Sequence[int]) -> None:
         """The source's forward: tap, features, logits, distance, and where bridges start."""
@@ -111,7 +111,8 @@ class ClassifyTask:
 
     @torch.inference_mode()
     def step(self, slots: Sequence[int]) -> StepStats:
-        """One network call for every row; rows whose calls are of one network share it. Purified rows may wait."""
+        """One network call for every row, the source's before it for new ones; rows whose calls are of one network
+        share it. Purified rows may wait."""
         purified = [slot for slot in slots if slot in self.stage.images]
         moved, others = self.stage.choose(purified), [slot for slot in slots if slot not in self.stage.images]
         states, clean = self.stage.denoise(moved), self.stage.finish(moved)
@@ -126,19 +127,22 @@ class ClassifyTask:
     def _unmoved(self, slots: Sequence[int]) -> Iterator[None]:
         """Put rows back where they were when their step fails: all that a call both reads and writes."""
         rows, at = torch.as_tensor(slots, dtype=torch.int64, device=self.device), list(slots)
-        before = self.z[rows], self.done[at], self.urgent[at]
+        before = self.z[rows], self.done[at], self.urgent[at], self.fresh[at]
         try:
             yield
         except BaseException:
-            self.z[rows], self.done[at], self.urgent[at] = before
+            self.z[rows], self.done[at], self.urgent[at], self.fresh[at] = before
             raise
 
     def _step(self, slots: Sequence[int]) -> list[int]:
         """The next call of rows that are not purified; those that need no more are returned."""
+        if fresh := [slot for slot in slots if self.fresh[slot]]:
+            self._source(fresh)
+            self.fresh[fresh] = False
         due: dict[str, list[tuple[int, Call]]] = {}
         for slot in slots:
-            call = self.plans[self.method[slot]].calls[self.done[slot]]
-            due.setdefault(call.network, []).append((slot, call))
+            for call in self.plans[self.method[slot]].calls[self.done[slot] : self.done[slot] + 1]:
+                due.setdefault(call.network, []).append((slot, call))
         for pairs in due.values():
             rows, calls = zip(*pairs, strict=True)
             calls[0].run(self, torch.as_tensor(rows, device=self.device), calls)

@@ -21,7 +21,8 @@ from service.broker import keys
 from service.broker.connection import BLOCK_MS, reachable
 from service.broker.hooks import Hooks
 from service.broker.jobs import Wake
-from service.broker.store import ALIVE_MS, SCRIPTS, as_bytes
+from service.broker.store import ALIVE_MS, Call, as_bytes
+from service.broker.together import Together
 from service.errors import DeadlineExceeded, JobFailed, NoWorker, OfframpError, QueueFull, QuotaExceeded
 from service.protocol import Delivery, Failure, Job, Outcome, Result, Terms, decode, decode_info, decode_job, encode
 
@@ -72,6 +73,10 @@ class QueueStats:
 class Broker(Hooks):
     """One process's connection to the queue."""
 
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._submit = Together[Call, Any](partial(self._scripts, "submit"))
+
     # gateway side
 
     @reachable
@@ -85,12 +90,11 @@ class Broker(Hooks):
             NoWorker: nobody serves the model.
         """
         model, t = job.work.model, terms
-        verdict, handle, waiting, rate = await self._run(
-            "submit",
-            model,
+        args = (
             *(job.id, encode(job), t.rows, job.cost, t.deadline_ms, t.max_backlog, t.priority, t.owner, t.max_owed),
             *(t.reply_to, "1" if t.events else "", t.webhook, ALIVE_MS if t.need_worker else 0),
         )
+        verdict, handle, waiting, rate = await self._submit((model, args))
         if (said := verdict.decode()) in ("accepted", "attached"):
             return Submitted(handle.decode(), said == "attached")
         raise await self._refusal(said, job, terms, int(waiting), float(rate))
@@ -251,11 +255,11 @@ class Broker(Hooks):
         if len(over) == 1:
             return [await self.finish(model, *over[0], ttl_s)]
         raw = [encode(result) for _, result in over]
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for (delivery, result), data in zip(over, raw, strict=True):
-                args = (result.id, delivery.entry, result.outcome, data, ttl_s, delivery.attempt)
-                pipe.execute_command("EVALSHA", SCRIPTS["finish"].sha, 1, keys.prefix(model), *args)
-            answers = await pipe.execute(raise_on_error=False)
+        calls = [
+            (model, (result.id, delivery.entry, result.outcome, data, ttl_s, delivery.attempt))
+            for (delivery, result), data in zip(over, raw, strict=True)
+        ]
+        answers = await self._scripts("finish", calls)
         return [
             await self.finish(model, delivery, result, ttl_s)
             if isinstance(answer, Exception)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from service.broker.connection import BLOCK_MS, NEEDED, connect, reachable, refu
 
 Entry = tuple[bytes, dict[bytes, bytes]]
 Command = Callable[..., Awaitable[Any]]
+Call = tuple[str, Sequence[str | float | bytes]]
 
 LUA = Path(__file__).parent / "lua"
 ALIVE_MS = 15_000
@@ -59,6 +60,20 @@ class Store:
             return await command("EVALSHA", found.sha, 1, key, *args)
         except NoScriptError:
             return await command("EVAL", found.text, 1, key, *args)
+
+    async def _scripts(self, script: str, calls: Sequence[Call]) -> list[Any]:
+        """One script for several models and arguments, in one round trip; answers, or what went wrong, in order."""
+        if len(calls) == 1:
+            [(model, args)] = calls
+            return [await self._script(script, keys.prefix(model), *args, command=self._own(script))]
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for model, args in calls:
+                pipe.execute_command("EVALSHA", SCRIPTS[script].sha, 1, keys.prefix(model), *args)
+            answers = await pipe.execute(raise_on_error=False)
+        return [
+            await self._script(script, keys.prefix(model), *args) if isinstance(answer, NoScriptError) else answer
+            for (model, args), answer in zip(calls, answers, strict=True)
+        ]
 
     def _own(self, task: str) -> Command:
         """Commands of a task that has a connection to itself: one that blocks does not hold up the others, and no call

@@ -24,7 +24,7 @@ from service.errors import BadRequest, NotAllowed, NotFound, OfframpError, TooLa
 from service.gateway.auth import Guard, described
 from service.gateway.expiry import Expiry
 from service.gateway.following import Crowd
-from service.gateway.middleware import BodyLimit, Edge
+from service.gateway.middleware import BodyLimit, Direct, Edge
 from service.gateway.replies import Replies
 from service.gateway.routes import classify, generate, health, jobs, models
 from service.gateway.schemas import Problem, problem_of
@@ -64,6 +64,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.crowd = Crowd()
     lag = app.state.lag = Lag()
     app.state.leaving = lambda: False
+    app.add_middleware(Direct, handlers={"/generate": generate.generate, "/classify": classify.classify})
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     app.add_middleware(Guard, keys=keyring, broker=broker)
     app.add_middleware(Shed, lag=lag)

@@ -27,6 +27,7 @@ from service.errors import NotAnImage, TooLarge
 FORMATS = ("PNG", "JPEG", "WEBP")
 CHANNEL_MODES = {1: "L", 3: "RGB"}
 SMALL = 32_768  # bytes as sent
+ORIENTED = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # where Pillow looks for an orientation
 MAGIC: dict[ImageFormat, bytes] = {"png": b"\x89PNG", "webp": b"RIFF", "npy": b"\x93NUMPY"}
 
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -56,7 +57,9 @@ def decode(data: bytes, shape: tuple[int, int, int], max_pixels: int, field: str
         with Image.open(BytesIO(data), formats=FORMATS) as picture:
             if picture.width * picture.height > max_pixels:
                 raise _too_many_pixels(field, max_pixels)
-            plain = _flatten(ImageOps.exif_transpose(picture), CHANNEL_MODES[channels])
+            picture.load()  # a PNG may tell its orientation after its pixels
+            upright = ImageOps.exif_transpose(picture) if ORIENTED & picture.info.keys() else picture
+            plain = _flatten(upright, CHANNEL_MODES[channels])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_many_pixels(field, max_pixels) from None
     except TooLarge:

@@ -70,19 +70,21 @@ class Replies:
     async def result(self, waiter: Waiter, model: str, job_id: str, budget_s: float) -> Result:
         """The job's result; DeadlineExceeded after `budget_s` without one, whatever Redis does; Cancelled when the
         waiter is gone, Unavailable when the store has lost the job."""
-        clock = asyncio.get_running_loop().time
-        end = clock() + budget_s
-        with suppress(TimeoutError):
-            async with asyncio.timeout_at(end):
-                while clock() < end:
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(self._poll_s):
-                            await waiter.look.wait()
-                    if waiter.result is not None:
-                        return waiter.result
-                    if waiter.gone:
-                        raise Cancelled("the client went away")
-                    waiter.look.clear()
+        loop = asyncio.get_running_loop()
+        end = loop.time() + budget_s
+        while (left_s := end - loop.time()) > 0:
+            timer = loop.call_later(min(self._poll_s, left_s), waiter.look.set)
+            try:
+                await waiter.look.wait()
+            finally:
+                timer.cancel()
+            if waiter.result is not None:
+                return waiter.result
+            if waiter.gone:
+                raise Cancelled("the client went away")
+            waiter.look.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(end):
                     if found := await self._look(model, job_id):
                         return found
         raise DeadlineExceeded("the deadline passed before the answer was ready", field="deadline_ms")

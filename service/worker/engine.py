@@ -67,6 +67,7 @@ class Engine:
         self._suspending = False
         self._had_work_until: float | None = None
         self._ended = clock()
+        self._began: float | None = None
         self._rested = True
         self.pressed = False
         self._publish()
@@ -88,11 +89,20 @@ class Engine:
             self._suspending = True
 
     def free_rows(self) -> int:
-        """Rows that may be taken now: free slots less what the inbox holds; none beside a job that runs alone."""
+        """Rows that may be taken now: slots that are free, or will be when the running tick ends, less what the inbox
+        holds; none beside a job that runs alone."""
         with self._lock:
             if any(delivery.solo for delivery, _ in self._inbox):
                 return 0
             return max(0, self._free - sum(d.job.work.rows for d, _ in self._inbox))
+
+    def until_next_s(self) -> float:
+        """Seconds until the tick that runs, or is about to, should end, by the mean of the last ones; 0 when there is
+        none, or it is late."""
+        if self.idle():
+            return 0.0
+        began, now = self._began, self._clock()
+        return max(0.0, (now if began is None else began) + self.rate.pace().ms_per_tick / 1000 - now)
 
     def idle(self) -> bool:
         """Whether nothing is in hand here."""
@@ -102,9 +112,11 @@ class Engine:
     def tick(self) -> Tick:
         """Move every row by one evaluation, new rows included; returns what there is to tell."""
         started, drained = self._clock(), self._scheduler.drained
+        self._began = started
         self.ticks += 1
         self._rested = not self._scheduler.jobs
         if self._receive():
+            self._began = None
             return Tick([], suspended=self._let_go())
         plan = self._scheduler.schedule(started * 1000, self.rate.pace())
         self._shift(started)
@@ -114,6 +126,8 @@ class Engine:
             over += self._admit(admission, started * 1000)
         batch = self._scheduler.batch()
         jobs = len(self._scheduler.owners(batch))
+        with self._lock:
+            self._free = self._scheduler.free_rows(self._scheduler.ending())
         stats, failed = self._step(batch)
         over += failed + self._collect()
         ended = self._clock()
@@ -127,7 +141,7 @@ class Engine:
         self._tell_gears()
         self._publish()
         self._had_work_until = None if self._idle and not self.pressed else ended
-        self._ended = ended
+        self._ended, self._began = ended, None
         return Tick(over, news)
 
     def _measure(self, started: float, ended: float, cost: float, stats: StepStats | None, plan: Plan) -> None:

@@ -23,6 +23,7 @@ from service.worker.results import told
 
 WAIT_MS = 1000
 STEP_BACK_S = 0.03
+LEAD_S = 0.004  # a take, and what else the machine has to do
 RECLAIM_S = 1.0
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,12 @@ class Held:
     useful_until: float
     saving: bool = False
     down: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+def hold_s(engine: Engine) -> float:
+    """How long what was queued while a tick runs may lie: nothing enters before the next one, which gets it all in one
+    take; 0 while the engine rests."""
+    return max(0.0, engine.until_next_s() - LEAD_S)
 
 
 def step_back_s(engine: Engine) -> float:
@@ -80,10 +87,19 @@ class Lane:
         self.room.set()
 
     def ticked(self) -> None:
-        """The engine made a tick, so it is not stalled: look for work again if that made room."""
+        """The engine made a tick, so it is not stalled: look for work again if that made room, or the next one will."""
         self.stalled = False
+        self._look_for_room()
+        self._look_again()
+
+    def _look_for_room(self) -> None:
         if self.engine.free_rows() > self._free_seen:
             self.room.set()
+
+    def _look_again(self) -> None:
+        """Shortly before the next tick ends: what is taken then for rows that end with it follows on at once."""
+        if (pause_s := hold_s(self.engine)) > 0:
+            asyncio.get_running_loop().call_later(pause_s, self._look_for_room)
 
     def abandon(self) -> None:
         """Leave what is in hand to redelivery."""
@@ -145,13 +161,14 @@ class Lane:
             await self._for_room()
         else:
             await self._broker.wait(self.model, taken.cursors, WAIT_MS)
-            if taken.workers > 1:
-                await asyncio.sleep(step_back_s(self.engine))
+            back_s = step_back_s(self.engine) if taken.workers > 1 else 0.0
+            if (pause_s := max(hold_s(self.engine), back_s)) > 0:
+                await self._for_room(pause_s)
 
-    async def _for_room(self) -> None:
-        """Wait for room or the drain, a second at most."""
+    async def _for_room(self, seconds: float = WAIT_MS / 1000) -> None:
+        """Wait for room or the drain, so many seconds at most."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(WAIT_MS / 1000):
+            async with asyncio.timeout(seconds):
                 await self.room.wait()
 
     async def _open(self) -> None:
@@ -183,6 +200,7 @@ class Lane:
         if kept := [held.delivery for held in jobs if self.hand.get(held.delivery.entry) is held]:
             self.engine.offer(*kept)
             self._wake()
+            self._look_again()
 
     async def _alone(self, held: Held) -> None:
         """Run a job that may have killed its workers, with nothing else in this process."""

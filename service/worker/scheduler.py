@@ -115,14 +115,19 @@ class Scheduler:
         """Slots that hold a row."""
         return len(self._owner)
 
-    def free_rows(self) -> int:
-        """Rows that could enter now: slots neither held nor spoken for by waiting rows; none beside a solo job."""
-        spoken = 0
+    def free_rows(self, ending: int = 0) -> int:
+        """Rows that could enter now, or once `ending` rows have left: slots neither held nor spoken for by waiting
+        rows; none beside a solo job."""
+        spoken = -ending
         for job in self._jobs.values():
             if job.delivery.solo:
                 return 0
             spoken += job.unfinished
         return max(0, self.capacity - spoken)
+
+    def ending(self) -> int:
+        """Rows in slots that have one evaluation to come at most."""
+        return sum(left <= 1 for left in self._left.values())
 
     def add(self, delivery: Delivery, now_ms: float, evaluations: int = 0, least: float = 1.0) -> None:
         """Take charge of a job; its deadline is carried over from Redis TIME to the clock of `now_ms`.

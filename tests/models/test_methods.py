@@ -97,7 +97,8 @@ def test_calls_of_one_network_share_a_batch_whatever_their_methods(task):
         task.step([0, 1, 2, 3, 4])
     finally:
         task.networks = networks
-    assert sorted(seen) == [("bridge-plain", 2), ("exit-1", 2), ("member-2", 1)]
+    assert seen[0] == ("source", 2)
+    assert sorted(seen) == [("bridge-plain", 2), ("exit-1", 2), ("member-2", 1), ("source", 2)]
 
 
 def test_the_task_answers_what_the_evaluation_computes(task, folder):
