@@ -61,11 +61,11 @@ class Tuning:
 
 
 TUNING = {
-    "noop": Tuning(16, 1, 32),
-    "sleep": Tuning(16, 5, 32),
+    "noop": Tuning(16, 1, 16),
+    "sleep": Tuning(16, 5, 16),
     "generate": Tuning(2, 2, 4),
     "mixed": Tuning(2, 2, 4),
-    "classify": Tuning(16, 5, 32),
+    "classify": Tuning(16, 5, 16),
 }
 
 
