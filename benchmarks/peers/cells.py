@@ -158,12 +158,12 @@ def bars(cells: Cells) -> list[dict[str, Any]]:
 
 
 def recovery(cells: Cells) -> dict[str, Any]:
-    """Shares of accepted requests that were answered although the worker was killed, of everybody who was killed."""
+    """Answered and accepted requests of those whose worker was killed: ours together, and each peer."""
     names = list(dict.fromkeys(cell["contestant"] for cell in cells if cell["kind"] == "kill"))
     shares = {name: survived(cells, [name]) for name in names}
     own = [name for name in names if ours(name)]
     answered, accepted = survived(cells, own)
-    rivals = {name: done / taken for name, (done, taken) in shares.items() if not ours(name) and taken}
+    rivals = {name: share for name, share in shares.items() if not ours(name) and share[1]}
     met = answered == accepted if accepted else None
     return {"answered": answered, "accepted": accepted, "peers": rivals, "met": met}
 

@@ -45,8 +45,8 @@ def plots(cells: Cells, folder: Path) -> list[Path]:
 def styles() -> dict[str, dict[str, Any]]:
     """Ours in one strong colour, the peers in muted ones that they keep from picture to picture."""
     found: dict[str, dict[str, Any]] = {
-        name: {"color": OWN, "linestyle": dashes, "linewidth": 2.4, "marker": "o", "zorder": 3}
-        for asked, dashes in zip(OURS.values(), ("-", "--", ":"), strict=True)
+        name: {"color": OWN, "linestyle": dashes, "linewidth": 2.4, "marker": "o", "mfc": inside, "zorder": 3}
+        for asked, (dashes, inside) in zip(OURS.values(), (("-", OWN), ("--", "white"), (":", "#f6b3b8")), strict=True)
         for name in asked
     }
     for i, name in enumerate(PEERS):
@@ -62,7 +62,7 @@ def plot(cells: Cells, work: str, file: Path) -> Path:
     figure = Figure(figsize=(7.6, 4.2), layout="constrained", facecolor="white")
     axes = figure.subplots()
     axes.plot([0, most], [0, most], color="0.85", linewidth=1.2, zorder=0)
-    axes.annotate("all of it", (most, most), color="0.6", fontsize=8, ha="right", va="bottom")
+    axes.annotate("all of it", (0.97 * most, most), color="0.6", fontsize=8, ha="right", va="bottom")
     style = styles()
     for name in sorted(drawn, key=lambda name: -(best_goodput(cells, work, name) or 0.0)):
         label = f"{shown(name)}: {text(best_goodput(cells, work, name))}"

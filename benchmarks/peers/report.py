@@ -28,7 +28,19 @@ from benchmarks.peers.cells import (
     read,
     survived,
 )
-from benchmarks.peers.tables import PLAIN, Number, grid, left_out, lines_of, promises, section, source, text, where
+from benchmarks.peers.tables import (
+    PLAIN,
+    Number,
+    grid,
+    left_out,
+    lines_of,
+    percent,
+    promises,
+    section,
+    source,
+    text,
+    where,
+)
 
 REPO = Path(__file__).resolve().parent.parent.parent
 FILE, IMAGES = Path("benchmarks/results/peers.jsonl"), Path("docs/images")
@@ -69,15 +81,12 @@ def readme(cells: Cells) -> str:
         at = busy(cells, "sleep")
         return lambda name: middle(cells, key, work="sleep", kind="closed", contestant=name, load=at)
 
-    def answered(asked: Sequence[str]) -> Number:
-        done, taken = survived(cells, asked)
-        return 100 * done / taken if taken else None
-
     works = [work for work in WORKS if contestants(cells, work)]
     columns = [column(partial(throughput, cells, work), max, text) for work in works]
     columns += [column(spent("cpu_ms"), min, text), column(spent("pss"), min, text)]
-    crash = [answered(asked) for asked in rows.values()]
-    columns.append(bold(crash, ["" if share is None else f"{share:.1f} %" for share in crash], max))
+    crash = [survived(cells, asked) for asked in rows.values()]
+    shares = [done / taken if taken else None for done, taken in crash]
+    columns.append(bold(shares, [percent(*run) for run in crash], max))
     header = ["", *(PLAIN[work] for work in works), "CPU-ms / request", "memory MiB", "answered, worker killed"]
     table = grid(header, zip(rows, *columns, strict=True))
     parts = [table, LEGEND.format(busy=busy(cells, "sleep")), *left_out(cells), "What was promised:"]

@@ -60,6 +60,11 @@ def text(number: Number) -> str:
     return f"{number:.{0 if number == 0 or abs(number) >= 99.95 else 1 if abs(number) >= 9.995 else 2}f}"
 
 
+def percent(part: int, whole: int) -> str:
+    """A share, rounded down: 100 % is all of it."""
+    return f"{1000 * part // whole / 10:.1f} %" if whole else ""
+
+
 def lines_of(cells: Cells) -> dict[str, list[str]]:
     """What stands in a line of a table of all works, ours first: its contestants by its name."""
     names = {cell["contestant"] for cell in cells if "contestant" in cell}
@@ -135,7 +140,7 @@ def kill_table(cells: Cells) -> str:
             back = [cell["back_s"] for cell in own]
             again = spread(back)
             rows.append([
-                TITLES[work], name, str(accepted), str(answered), f"{100 * answered / max(1, accepted):.1f} %",
+                TITLES[work], name, str(accepted), str(answered), percent(answered, accepted),
                 f"{sum(cell['saved'] for cell in own)} of {sum(cell['held'] for cell in own)}",
                 str(sum(cell["refused"] for cell in own)),
                 "never" if again is None else text(again[0]) + (" (not always)" if None in back else ""),
@@ -163,8 +168,8 @@ def promises(cells: Cells) -> str:
         )
     crash = recovery(cells)
     told = "" if crash["met"] is None else f"{crash['answered']} of {crash['accepted']}. "
-    shares = sorted(crash["peers"].items(), key=lambda peer: -peer[1])
-    rest = ", ".join(f"{shown(name)} {100 * share:.1f} %" for name, share in shares)
+    shares = sorted(crash["peers"].items(), key=lambda peer: -peer[1][0] / peer[1][1])
+    rest = ", ".join(f"{shown(name)} {percent(*share)}" for name, share in shares)
     lines.append(
         f"- SIGKILL of the worker: Offramp answers all that it accepted: {told}{verdict[crash['met']]}"
         f"{f' ({rest})' if rest else ''}"

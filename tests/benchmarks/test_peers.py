@@ -38,7 +38,7 @@ from benchmarks.peers.figures import goodput, kill_figures, load_figures, window
 from benchmarks.peers.plots import points, stamps
 from benchmarks.peers.quality import cited
 from benchmarks.peers.report import END, START, bold, filled, readme
-from benchmarks.peers.tables import section
+from benchmarks.peers.tables import percent, section
 from benchmarks.peers.work import Setup, run
 from models.api import GenerateWork
 from models.store import ZOO
@@ -237,9 +237,10 @@ def test_offramp_recovers_only_when_nothing_is_lost() -> None:
     [kill] = [cell for cell in CELLS if cell["kind"] == "kill"]
     assert recovery(CELLS)["met"] is None
     own = kill | {"contestant": "offramp", "answered": 100}
-    assert recovery([*CELLS, own]) == {"answered": 100, "accepted": 100, "peers": {"mosec": 0.4}, "met": True}
+    assert recovery([*CELLS, own]) == {"answered": 100, "accepted": 100, "peers": {"mosec": (40, 100)}, "met": True}
     lost = recovery([*CELLS, own, own | {"contestant": "offramp full", "work": "generate", "answered": 99}])
     assert (lost["answered"], lost["accepted"], lost["met"]) == (199, 200, False)
+    assert (percent(9999, 10000), percent(570, 1000), percent(0, 0)) == ("99.9 %", "57.0 %", "")
     assert "all that it accepted: 100 of 100. **Met.** (mosec 40.0 %)" in readme([*CELLS, own])
 
 
