@@ -43,7 +43,7 @@ import torch
 from benchmarks.common import finish
 from benchmarks.peers import venvs
 from benchmarks.peers.campaign import Campaign, Plan
-from benchmarks.peers.cells import WORKS, line, read, summary
+from benchmarks.peers.cells import WORKS, kept, line, read, summary
 from benchmarks.peers.contestants import CLIENT, SERVERS, TUNING, names
 from benchmarks.peers.report import readme
 from benchmarks.peers.tables import section
@@ -155,8 +155,9 @@ def main() -> None:
     campaign.run()
     if campaign.left:
         print("Not run, for lack of time where no reason is given:", "; ".join(campaign.left), "\n")
-    print(section(campaign.cells), readme(campaign.cells), sep="\n")
-    finish("peers", **summary(campaign.cells))
+    found = [*map(kept, campaign.cells)]
+    print(section(found), readme(found), sep="\n")
+    finish("peers", **summary(found))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from benchmarks.peers.cells import (
 from benchmarks.peers.tables import (
     PLAIN,
     Number,
+    back,
     grid,
     left_out,
     lines_of,
@@ -48,17 +49,17 @@ RESULTS = "benchmarks/RESULTS.md"
 LEGEND = (
     "By work, right answers per second within a deadline that is the same for all, at the best of the loads tried (no "
     "model: answers per second); CPU of all processes and memory (PSS) with the 20 ms model at {busy} connections; "
-    "share of accepted requests answered when the worker gets SIGKILL. Best in bold. Same work: gear `full`, method "
-    "`ensemble`; early exits: gear `balanced`, method `cascade`; bridge: method `bridge`."
+    "share of accepted requests answered when the worker gets SIGKILL, and the time until new ones are. Best in bold. "
+    "Same work: gear `full`, method `ensemble`; early exits: gear `balanced`, method `cascade`; bridge: method `bridge`."
 )
 COMMAND = "python -m benchmarks.peers.report --write"
 START, END = f"<!-- peers: {COMMAND} -->", "<!-- end -->"
 
 
-def bold(column: Sequence[Number], shown: Sequence[str], best: Callable[..., float] | None) -> list[str]:
+def bold(column: Sequence[Number], shown: Sequence[str], best: Callable[..., float]) -> list[str]:
     """A column with its best number in bold, and whatever reads the same."""
     there = [number for number in column if number is not None]
-    top = shown[list(column).index(best(there))] if best and there else None
+    top = shown[list(column).index(best(there))] if there else None
     return [f"**{cell}**" if cell and cell == top else cell for cell in shown]
 
 
@@ -87,7 +88,17 @@ def readme(cells: Cells) -> str:
     crash = [survived(cells, asked) for asked in rows.values()]
     shares = [done / taken if taken else None for done, taken in crash]
     columns.append(bold(shares, [percent(*run) for run in crash], max))
-    header = ["", *(PLAIN[work] for work in works), "CPU-ms / request", "memory MiB", "answered, worker killed"]
+    kills = every(cells, kind="kill")
+    again = [back([cell for cell in kills if cell["contestant"] in asked]) for asked in rows.values()]
+    columns.append(bold([seconds for seconds, _ in again], [told for _, told in again], min))
+    header = [
+        "",
+        *(PLAIN[work] for work in works),
+        "CPU-ms / request",
+        "memory MiB",
+        "killed: answered",
+        "back after s",
+    ]
     table = grid(header, zip(rows, *columns, strict=True))
     parts = [table, LEGEND.format(busy=busy(cells, "sleep")), *left_out(cells), "What was promised:"]
     parts += [promises(cells), f"{where(cells)}; {source(cells)}. [Every load, latencies, plots]({RESULTS})."]

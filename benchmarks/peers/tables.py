@@ -131,19 +131,25 @@ def overload_table(cells: Cells) -> str:
     return grid(header, [[label, *(number(asked, work, load) for work, load in columns)] for label, asked in rows])
 
 
+def back(kills: Cells) -> tuple[Number, str]:
+    """Median seconds from the kills to the first answer of a request that was sent after them, and in words."""
+    found = spread(cell["back_s"] for cell in kills)
+    if found is None:
+        return None, "never" if kills else ""
+    return found[0], text(found[0]) + (" (not always)" if any(cell["back_s"] is None for cell in kills) else "")
+
+
 def kill_table(cells: Cells) -> str:
     rows = []
     for work in WORKS:
         for name in contestants(every(cells, kind="kill"), work):
             own = every(cells, work=work, kind="kill", contestant=name)
             answered, accepted = survived(own, [name])
-            back = [cell["back_s"] for cell in own]
-            again = spread(back)
             rows.append([
                 TITLES[work], name, str(accepted), str(answered), percent(answered, accepted),
                 f"{sum(cell['saved'] for cell in own)} of {sum(cell['held'] for cell in own)}",
                 str(sum(cell["refused"] for cell in own)),
-                "never" if again is None else text(again[0]) + (" (not always)" if None in back else ""),
+                back(own)[1],
             ])  # fmt: skip
     header = ["SIGKILL of the worker", "", "accepted", "answered", "share", "of those in flight", "refused"]
     return grid([*header, "answers again after s"], rows) if rows else ""

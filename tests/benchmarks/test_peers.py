@@ -38,7 +38,7 @@ from benchmarks.peers.figures import goodput, kill_figures, load_figures, window
 from benchmarks.peers.plots import points, stamps
 from benchmarks.peers.quality import cited
 from benchmarks.peers.report import END, START, bold, filled, readme
-from benchmarks.peers.tables import percent, section
+from benchmarks.peers.tables import back, percent, section
 from benchmarks.peers.work import Setup, run
 from models.api import GenerateWork
 from models.store import ZOO
@@ -207,7 +207,7 @@ def test_a_lost_bar_is_said_as_plainly_as_a_won_one() -> None:
     assert "Left out: bentoml in (b) a model of 20 ms a batch of at most 16: no such wheel" in told
     assert "3 runs were discarded" in told
     assert "| mosec | 100 | 40 | 40.0 % | 1 of 9 | 7 | never |" in told
-    assert "| mosec | **800** | **0.50** | **70.0** | **40.0 %** |" in readme(CELLS)
+    assert "| mosec | **800** | **0.50** | **70.0** | **40.0 %** | never |" in readme(CELLS)
     assert "Left out: bentoml" in readme(CELLS)
     assert summary(CELLS)["works"]["sleep"]["mosec"]["closed 128"]["answered_per_s"] == 720
 
@@ -228,7 +228,8 @@ def test_cells_are_kept_short_and_read_back_the_same(tmp_path: Path) -> None:
 
 def test_a_kill_counts_on_a_busy_machine_too() -> None:
     quiet = next(cell for cell in CELLS if cell["kind"] == "kill")
-    cells = [quiet, quiet | {"answered": 10, "noisy": True, "repeat": 1}]
+    cells = [quiet, quiet | {"answered": 10, "noisy": True, "repeat": 1, "back_s": 2.5}]
+    assert (back([quiet]), back(cells), back([])) == ((None, "never"), (2.5, "2.50 (not always)"), (None, ""))
     assert survived(cells, ["mosec"]) == (50, 200)
     assert "| mosec | 200 | 50 | 25.0 % |" in section([*CELLS[:-1], *cells])
 
