@@ -47,10 +47,10 @@ REPO = Path(__file__).resolve().parent.parent.parent
 FILE, IMAGES = Path("benchmarks/results/peers.jsonl"), Path("docs/images")
 RESULTS = "benchmarks/RESULTS.md"
 LEGEND = (
-    "By work, right answers per second within a deadline that is the same for all, at the best of the loads tried (no "
-    "model: answers per second); CPU of all processes and memory (PSS) with the 20 ms model at {busy} connections; "
+    "By work, right answers per second within one deadline for all, at the best of the loads tried (no model: answers "
+    "per second); CPU of all processes and memory (PSS) with the 20 ms model at {busy} connections; "
     "share of accepted requests answered when the worker gets SIGKILL, and the time until new ones are. Best in bold. "
-    "Same work: gear `full`, method `ensemble`; early exits: gear `balanced`, method `cascade`; bridge: method `bridge`."
+    "Same work: gear `full`, method `ensemble`. Early exits: gear `balanced`, method `cascade`. Bridge: `bridge`."
 )
 COMMAND = "python -m benchmarks.peers.report --write"
 START, END = f"<!-- peers: {COMMAND} -->", "<!-- end -->"
