@@ -34,11 +34,13 @@ def stamps(cells: Cells) -> dict[str, str]:
 
 
 def plots(cells: Cells, folder: Path) -> list[Path]:
-    """One picture for every work that has an open loop."""
+    """One picture for every work that has an open loop, in place of those that were there."""
     import matplotlib
 
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("peers-*.png"):
+        old.unlink()
     return [plot(cells, work, folder / picture(work)) for work in WORKS if points(cells, work)]
 
 
