@@ -43,7 +43,7 @@ check: $(STAMP)  ## format, lint, types, layers, docs
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_layers.py tests/test_docs.py
 
-bench: $(STAMP)  ## run every benchmark in benchmarks/
+bench: $(STAMP)  ## short form of every benchmark in benchmarks/, three minutes each at most
 	@found=$$(ls benchmarks/bench_*.py 2>/dev/null) || { echo "no benchmarks/bench_*.py"; exit 0; }; \
 	for script in $$found; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 

@@ -196,7 +196,7 @@ def plot(runs: dict[str, dict[str, Any]], deadline_ms: int, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30.0, help="of each run; the long form takes 180")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each run; the long form takes 180")
     parser.add_argument("--overload", type=float, default=2.0, help="mean rate over the capacity of full")
     parser.add_argument("--floor", default="eco")
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST (IDX), to judge what was served")

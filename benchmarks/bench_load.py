@@ -34,7 +34,7 @@ from service.metrics import WorkerMetrics
 from service.protocol import Delivery, GenerateJob
 from service.worker.engine import Engine
 
-SLOTS, REQUESTS, REPEATS = 16, 64, 5
+SLOTS, REQUESTS, REPEATS = 16, 64, 3
 SHORT_REQUESTS, SHORT_STEPS = 10_000, 2
 
 

@@ -3,7 +3,7 @@
     python benchmarks/bench_peers.py                    the short form, three minutes at most
     python benchmarks/bench_peers.py --install          make the peers' environments (2 minutes and 5 GB)
     python benchmarks/bench_peers.py --long --out FILE  the long form; --resume FILE goes on with one
-    python benchmarks/bench_peers.py --report FILE      tables and plots of what there is
+    python -m benchmarks.peers.report FILE [--write]    tables of what there is; README, RESULTS.md and plots
 
     --only sleep mixed mosec offramp     some works, some contestants
     --venvs DIR                          where the environments are (.offramp/peers)
@@ -26,7 +26,6 @@ Runs in which strangers used more than 0.1 core are run again. The last line is 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import resource
@@ -34,6 +33,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,14 +43,24 @@ import torch
 from benchmarks.common import finish
 from benchmarks.peers import venvs
 from benchmarks.peers.campaign import Campaign, Plan
-from benchmarks.peers.contestants import CLIENT, SERVERS, TUNING, WORKS, names
-from benchmarks.peers.report import plots, read, readme, section, summary
+from benchmarks.peers.cells import WORKS, kept, line, read, summary
+from benchmarks.peers.contestants import CLIENT, SERVERS, TUNING, names
+from benchmarks.peers.report import readme
+from benchmarks.peers.tables import section
 
+FILES = ("--out", "--resume", "--venvs")
 PROTOCOL = (
     "One worker process and one torch thread each; a contestant's processes run on cores {servers}, the client on core "
     "{client}. {repeats} repeats, order turned and reversed; medians, [least, greatest]. Peers batch at most {batch} "
     "requests. noop and sleep: only Offramp decodes the picture."
 )
+
+
+def command(argv: Sequence[str]) -> str:
+    """What was asked for, without the places of files."""
+    pairs = zip(["", *argv], argv, strict=False)
+    said = [word for before, word in pairs if before not in FILES and not word.startswith(FILES)]
+    return " ".join(["python benchmarks/bench_peers.py", *said])
 
 
 def head(plan: Plan) -> dict[str, Any]:
@@ -64,6 +74,7 @@ def head(plan: Plan) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{os.cpu_count()} cores {platform.machine()}, torch {torch.__version__}",
         "commit": commit.stdout.strip(),
+        "command": command(sys.argv[1:]),
         "versions": {name: venvs.version(name) for name in plan.contestants if name != "offramp"},
         "protocol": PROTOCOL.format(
             servers=", ".join(map(str, SERVERS)),
@@ -101,7 +112,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--install", action="store_true", help="make the environments that are missing first")
     parser.add_argument("--out", type=Path, help="keep cells here, one a line, as they are done")
     parser.add_argument("--resume", type=Path, help="as --out, but go on with what is there")
-    parser.add_argument("--report", type=Path, help="run nothing: tables of this file, plots beside it")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--kills", type=int, help="repeats of the kill")
     parser.add_argument("--seconds", type=float, help="of each cell of a fast work")
@@ -121,12 +131,6 @@ def install(plan: Plan) -> None:
 
 def main() -> None:
     chosen = parse()
-    if chosen.report:
-        cells = read(chosen.report)
-        print(section(cells), readme(cells), sep="\n")
-        print("\n".join(map(str, plots(cells, chosen.report.parent))))
-        finish("peers", **summary(cells))
-        return
     torch.set_num_threads(1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 16384)), hard))
@@ -141,7 +145,7 @@ def main() -> None:
     def keep(cell: dict[str, Any]) -> None:
         if out:
             with out.open("a") as sink:
-                sink.write(json.dumps(cell) + "\n")
+                sink.write(line(cell))
 
     campaign = Campaign(plan, cells, keep, lambda line: print(line, flush=True))
     if not any(cell["kind"] == "head" for cell in cells):
@@ -151,8 +155,9 @@ def main() -> None:
     campaign.run()
     if campaign.left:
         print("Not run, for lack of time where no reason is given:", "; ".join(campaign.left), "\n")
-    print(section(campaign.cells), readme(campaign.cells), sep="\n")
-    finish("peers", **summary(campaign.cells))
+    found = [*map(kept, campaign.cells)]
+    print(section(found), readme(found), sep="\n")
+    finish("peers", **summary(found))
 
 
 if __name__ == "__main__":

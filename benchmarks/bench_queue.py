@@ -252,7 +252,7 @@ def overload(folder: Path, seconds: float) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each closed-loop run")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each closed-loop run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--connections", type=int, nargs="*", default=[1, 16, 64, 256])
     parser.add_argument("--overload-seconds", type=float, default=30.0, help="0: leave it out")

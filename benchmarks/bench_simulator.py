@@ -45,11 +45,13 @@ from service.worker.engine import Engine
 from service.worker.gears import TickTime
 from service.worker.io import WorkerIO
 from service.worker.main import Stop, loop
+from service.worker.shadow import Shadow
 
 REPO = Path(__file__).resolve().parent.parent
 INFO = resolve(DESCRIPTIONS, "generate")(REPO / "models" / "zoo" / "fashion-dit")
 POINTS, OF = read_profile()
 DEADLINE_MS, FULL = round(3 * 20 * POINTS[0][1]), 64_000 / (20 * POINTS[-1][1])
+START_S = 60.0
 SHOWN = ("accepted", "refused", "expired", "accepted_in_time", "goodput_per_s", "p50_ms", "p99_ms", "compute_saved")
 
 
@@ -86,14 +88,17 @@ def work_here(url: str) -> None:
     metrics.declare(INFO, "none")
     io = WorkerIO(url, f"worker-{uuid4().hex[:6]}", [engine], Settings(redis_url=url), metrics, wake.set)
     io.start()
-    loop([engine], io, stop, wake)
+    loop([engine], io, stop, wake, Shadow([engine], metrics, share=0.0))
 
 
 async def served(url: str, workers: int, arrivals: Sequence[Arrival]) -> list[Seen]:
     """A trace through the store, once all workers live; refusals and answers as a gateway would see them."""
     broker, waiting = Broker(url), dict[str, tuple[Seen, float]]()
     seen = [Seen(one, DEADLINE_MS) for one in arrivals]
-    while await broker.live_workers(INFO.name) < workers:  # noqa: ASYNC110
+    end = time.monotonic() + START_S
+    while await broker.live_workers(INFO.name) < workers:
+        if time.monotonic() > end:
+            raise RuntimeError(f"not all of {workers} workers live after {START_S:g} s; what they say is above")
         await asyncio.sleep(0.1)
     work = generate_work(GenerateParams(gear="auto", floor=arrivals[0].floor, seed=0, label=0), INFO, "png")
     cost, begun = price(work, INFO), time.monotonic() + 0.5

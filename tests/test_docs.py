@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from PIL import Image
 from prometheus_client import CollectorRegistry
 
+from benchmarks.peers import cells, plots, report
 from models.api import ClassifyParams, GenerateParams, SolverOptions
 from service import errors
 from service.config import Settings
@@ -119,6 +121,26 @@ def code_of(page: Path) -> Iterator[str]:
 def test_table_equals_the_code(name: str) -> None:
     found = [match[2] for page in PAGES for match in marked(name).finditer(page.read_text())]
     assert found == [tables()[name]], f"run: python -m tests.test_docs (table {name!r})"
+
+
+@pytest.mark.parametrize("name", report.PAGES)
+def test_comparison_with_peers_is_what_its_cells_give(name: str) -> None:
+    page, measured = (REPO / name).read_text(), cells.read(REPO / report.FILE)
+    assert page == report.filled(page, report.PAGES[name](measured), name), f"run: {report.COMMAND}"
+
+
+def test_plots_of_peers_show_their_cells() -> None:
+    measured, shown = cells.read(REPO / report.FILE), {}
+    for file in (REPO / report.IMAGES).glob("peers-*.png"):
+        with Image.open(file) as picture:
+            shown[file.name] = picture.text[plots.KEY]
+    assert shown == plots.stamps(measured), f"run: {report.COMMAND}"
+
+
+def test_cells_of_peers_are_kept_short() -> None:
+    text = (REPO / report.FILE).read_text()
+    assert text == "".join(map(cells.line, cells.read(REPO / report.FILE))), f"run: {report.COMMAND}"
+    assert len(text) < 400_000
 
 
 def test_error_tree_names_every_code() -> None:

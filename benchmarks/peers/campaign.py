@@ -16,10 +16,10 @@ from typing import Any
 
 from benchmarks.bench_queue import load
 from benchmarks.peers import accounting
+from benchmarks.peers.cells import Cells, capacities, deadline_ms
 from benchmarks.peers.check import wrong
 from benchmarks.peers.contestants import CLIENT, PATIENT_S, Contestant, contestant, variants
 from benchmarks.peers.figures import OK, kill_figures, load_figures, window
-from benchmarks.peers.report import Cells, capacities, deadline_ms
 
 Cell = dict[str, Any]
 SLOW = ("generate", "mixed")

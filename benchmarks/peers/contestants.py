@@ -34,7 +34,6 @@ from service.demo import free_port
 
 CORES = sorted(os.sched_getaffinity(0))
 CLIENT, SERVERS = CORES[-1:], CORES if os.environ.get("PEERS_SPREAD") == "1" else CORES[:-1] or CORES
-WORKS = ("noop", "sleep", "generate", "mixed", "classify")
 REQUESTS, STEPS, MIXED = 200, 20, (10, 50)
 VARIANTS = {
     "generate": ("full", "balanced"),

@@ -1,308 +1,146 @@
-"""The tables and plots of a file of cells: `python -m benchmarks.peers.report FILE [--plots DIR]`.
+"""The tables of a file of cells, and the pages that hold them.
 
-First the section for RESULTS.md, then the short table for the README. A number is the median over repeats; cells that
-strangers disturbed to the last try count only where no other is left, and are said.
+    python -m benchmarks.peers.report FILE            print the section for RESULTS.md and the table for the README
+    python -m benchmarks.peers.report FILE --write    keep the cells as benchmarks/results/peers.jsonl, short, and make
+                                                      all that is said of them: both pages and the plots
+
+FILE is benchmarks/results/peers.jsonl where none is given. A number is the median over repeats.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from benchmarks.peers.figures import spread
-from benchmarks.peers.quality import cited
-
-Cells = list[dict[str, Any]]
-TITLES = {
-    "noop": "(a) no-op",
-    "sleep": "(b) a model of 20 ms a batch of at most 16",
-    "generate": "(c) /generate, fashion-dit, dpmpp_2m, guidance 2, 20 steps",
-    "mixed": "(c) /generate, the same with 10 to 50 steps",
-    "classify": "(d) /classify, fashion-ensemble, one picture",
-}
-FIELD = 3  # fewer peers than that have no best
-BARS = (
-    ("sleep", "offramp", "mosec", 0.95),
-    ("sleep", "offramp", "best other", 1.0),
-    ("mixed", "offramp full", "best peer", 1.3),
-    ("mixed", "offramp balanced", "best peer", 1.7),
-    ("classify", "offramp cascade", "best peer", 2.5),
+from benchmarks.peers.cells import (
+    WORKS,
+    Cells,
+    best_goodput,
+    busy,
+    capacities,
+    contestants,
+    every,
+    line,
+    middle,
+    read,
+    survived,
+)
+from benchmarks.peers.tables import (
+    PLAIN,
+    Number,
+    back,
+    grid,
+    left_out,
+    lines_of,
+    percent,
+    promises,
+    section,
+    source,
+    text,
+    where,
 )
 
-
-def read(path: Path) -> Cells:
-    """The cells of a file, one JSON object a line; a last line that was cut off is left out."""
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
-
-
-def of(cells: Iterable[dict[str, Any]], **wanted: Any) -> Cells:
-    """Cells with these values; the disturbed ones only when there are no others."""
-    found = [cell for cell in cells if all(cell.get(k) == v for k, v in wanted.items())]
-    return [cell for cell in found if not cell.get("noisy")] or found
+REPO = Path(__file__).resolve().parent.parent.parent
+FILE, IMAGES = Path("benchmarks/results/peers.jsonl"), Path("docs/images")
+RESULTS = "benchmarks/RESULTS.md"
+LEGEND = (
+    "By work, right answers per second within one deadline for all, at the best of the loads tried (no model: answers "
+    "per second); CPU of all processes and memory (PSS) with the 20 ms model at {busy} connections; "
+    "share of accepted requests answered when the worker gets SIGKILL, and the time until new ones are. Best in bold. "
+    "Same work: gear `full`, method `ensemble`. Early exits: gear `balanced`, method `cascade`. Bridge: `bridge`."
+)
+COMMAND = "python -m benchmarks.peers.report --write"
+START, END = f"<!-- peers: {COMMAND} -->", "<!-- end -->"
 
 
-def value(cells: Cells, key: str, **wanted: Any) -> list[float] | None:
-    """Median, least and greatest of a number over repeats."""
-    return spread(cell.get(key) for cell in of(cells, **wanted))
+def bold(column: Sequence[Number], shown: Sequence[str], best: Callable[..., float]) -> list[str]:
+    """A column with its best number in bold, and whatever reads the same."""
+    there = [number for number in column if number is not None]
+    top = shown[list(column).index(best(there))] if there else None
+    return [f"**{cell}**" if cell and cell == top else cell for cell in shown]
 
 
-def middle(cells: Cells, key: str, **wanted: Any) -> float | None:
-    """The median alone."""
-    found = value(cells, key, **wanted)
-    return found[0] if found else None
-
-
-def contestants(cells: Cells, work: str) -> list[str]:
-    """Those with cells of this work, Offramp first, the others by name."""
-    names = {c["contestant"] for c in cells if c.get("work") == work and c["kind"] != "skip"}
-    return sorted(names, key=lambda name: (not ours(name), name))
-
-
-def loads(cells: Cells, work: str, kind: str) -> list[str]:
-    """Loads of a kind of cells, in the order in which they came."""
-    return list(dict.fromkeys(c["load"] for c in cells if c.get("work") == work and c["kind"] == kind))
-
-
-def ours(name: str) -> bool:
-    return name.startswith("offramp")
-
-
-def capacities(cells: Cells, work: str) -> tuple[float, dict[str, float]]:
-    """Requests per second of the best peer and of everybody: the best closed loop of more than one connection."""
-    able = {}
-    for name in contestants(cells, work):
-        wanted = {"work": work, "kind": "closed", "contestant": name}
-        rates = [middle(cells, "answered_per_s", load=at, **wanted) for at in loads(cells, work, "closed") if at != "1"]
-        able[name] = max((rate for rate in rates if rate), default=0.0)
-    return max((rate for name, rate in able.items() if not ours(name)), default=0.0), able
-
-
-def deadline_ms(cells: Cells, work: str, times: float) -> float | None:
-    """So many times the median latency of the slowest contestant at one connection."""
-    wanted = {"work": work, "kind": "closed", "load": "1"}
-    alone = [middle(cells, "p50_ms", contestant=name, **wanted) for name in contestants(cells, work)]
-    return times * max(a for a in alone if a) if any(alone) else None
-
-
-def best_goodput(cells: Cells, work: str, name: str) -> float | None:
-    """The most right answers in time per second that a contestant gave at any of the open loads."""
-    wanted = {"work": work, "kind": "open", "contestant": name}
-    rates = [middle(cells, "goodput_per_s", load=at, **wanted) for at in loads(cells, work, "open")]
-    return max((rate for rate in rates if rate is not None), default=None)
-
-
-def bars(cells: Cells) -> list[dict[str, Any]]:
-    """What was promised, and what came of it, by the best goodput of each; nothing where the rivals were not there."""
-    found = []
-    for work, who, against, wanted in BARS:
-        able = {name: best_goodput(cells, work, name) or 0.0 for name in contestants(cells, work)}
-        others = {n: r for n, r in able.items() if not ours(n) and (against != "best other" or n != "mosec")}
-        rival = max(others, key=lambda n: others[n], default="") if against.startswith("best") else against
-        if able.get(who) is not None and able.get(rival) and (rival == against or len(others) >= FIELD):
-            ratio = able[who] / able[rival]
-            found.append(
-                {"work": work, "who": who, "rival": rival, "ratio": ratio, "bar": wanted, "met": ratio >= wanted}
-            )
-    return found
-
-
-def text(number: float | None, digits: int = 0) -> str:
-    return "" if number is None else f"{number:.{digits}f}" if abs(number) >= 10 or digits else f"{number:.1f}"
-
-
-def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def closed_table(cells: Cells, work: str) -> str:
-    at = loads(cells, work, "closed")
-    header = ["closed loop", *(f"answers / s at {n}" for n in at), "p50 ms at 1", *(f"p99 ms at {n}" for n in at[1:2])]
-    rows = []
-    for name in contestants(cells, work):
-        own = {"work": work, "kind": "closed", "contestant": name}
-        busy = at[1] if len(at) > 1 else at[0]
-        spent = [middle(cells, key, load=busy, **own) for key in ("cpu_ms", "rss", "pss")]
-        failed = sum(cell["failed"] for cell in of(cells, **own))
-        rows.append([
-            name,
-            *(text(middle(cells, "answered_per_s", load=n, **own)) for n in at),
-            text(middle(cells, "p50_ms", load="1", **own)),
-            *(text(middle(cells, "p99_ms", load=n, **own)) for n in at[1:2]),
-            text(spent[0], 2), text(spent[1]), text(spent[2]), str(failed),
-        ])  # fmt: skip
-    return grid([*header, "CPU-ms / answer", "RSS MiB", "PSS MiB", "failed"], rows)
-
-
-def open_table(cells: Cells, work: str) -> str:
-    rows = []
-    for at in loads(cells, work, "open"):
-        for name in contestants(cells, work):
-            own = {"work": work, "kind": "open", "contestant": name, "load": at}
-            if good := value(cells, "goodput_per_s", **own):
-                lat = [text(middle(cells, key, **own)) for key in ("p50_ms", "p95_ms", "p99_ms")]
-                share = good[0] / (middle(cells, "offered_per_s", **own) or 1)
-                rows.append([
-                    "90 % of its own" if at == "own" else f"{100 * float(at):.0f} %", name,
-                    text(middle(cells, "offered_per_s", **own), 1),
-                    f"{good[0]:.1f} [{good[1]:.1f}, {good[2]:.1f}]", f"{100 * share:.0f} %", *lat,
-                    text(middle(cells, "cpu_ms", **own), 2),
-                    text(middle(cells, "failed", **own)),
-                ])  # fmt: skip
-    header = ["load", "open loop", "offered / s", "in time / s", "of offered", "p50 ms", "p95 ms", "p99 ms"]
-    return grid([*header, "CPU-ms", "failed"], rows)
-
-
-def kill_table(cells: Cells) -> str:
-    rows = []
-    for work in TITLES:
-        for name in contestants([c for c in cells if c["kind"] == "kill"], work):
-            own = of(cells, work=work, kind="kill", contestant=name)
-            accepted, answered = (sum(cell[key] for cell in own) for key in ("accepted", "answered"))
-            back = [cell["back_s"] for cell in own]
-            again = spread(back)
-            rows.append([
-                TITLES[work], name, str(accepted), str(answered), f"{100 * answered / max(1, accepted):.1f} %",
-                f"{sum(cell['saved'] for cell in own)} of {sum(cell['held'] for cell in own)}",
-                str(sum(cell["refused"] for cell in own)),
-                "never" if again is None else f"{again[0]:.1f}" + (" (not always)" if None in back else ""),
-            ])  # fmt: skip
-    header = [
-        "SIGKILL of the worker",
-        "",
-        "accepted",
-        "answered",
-        "share",
-        "of those in flight",
-        "refused",
-        "answers again after s",
-    ]
-    return grid(header, rows) if rows else ""
-
-
-def section(cells: Cells) -> str:
-    """What RESULTS.md says."""
-    head = next((c for c in cells if c["kind"] == "head"), {})
-    parts = [f"## bench_peers.py, {head.get('date')}, {head.get('machine')}, commit {head.get('commit')}"]
-    parts.append(head.get("protocol", ""))
-    if head.get("versions"):
-        parts.append("Versions: " + ", ".join(f"{name} {v}" for name, v in head["versions"].items()) + ".")
-    measured = [cell for cell in cells if cell["kind"] in ("closed", "open")]
-    thrown, noisy = sum(c["discarded"] for c in measured), sum(c["noisy"] for c in measured)
-    parts.append(
-        f"{len(measured)} cells of load; {thrown} runs were discarded for foreign CPU load and run again, "
-        f"{noisy} cells stayed disturbed at the last try."
-    )
-    for cell in cells:
-        if cell["kind"] == "skip":
-            reason = cell["reason"].strip().splitlines()[-1]
-            parts.append(f"Left out: {cell['contestant']} in {TITLES[cell['work']]}: {reason}")
-    for work, title in TITLES.items():
-        if not contestants(cells, work):
-            continue
-        best, able = capacities(cells, work)
-        parts.append(f"### {title}")
-        parts.append(closed_table(cells, work))
-        if of(cells, work=work, kind="open"):
-            due = middle(cells, "deadline_ms", work=work, kind="open")
-            rival = max((n for n in able if not ours(n)), key=lambda n: able[n], default="nobody")
-            parts.append(
-                f"Open loop: loads are shares of {best:.1f} / s, the capacity of the best peer ({rival}); deadline "
-                f"{due or 0:.0f} ms for everybody."
-            )
-            parts.append(open_table(cells, work))
-        if quality := cited(work):
-            parts.append(quality)
-    parts.append(kill_table(cells))
-    parts += [
-        f"- Bar, {TITLES[b['work']]}: {b['who']} at least {b['bar']:g}x the goodput of {b['rival']}: "
-        f"{b['ratio']:.2f}x. {'Met' if b['met'] else 'Not met'}."
-        for b in bars(cells)
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+def throughput(cells: Cells, work: str, name: str) -> Number:
+    """Answers in time, or of a work without open loop just answers, per second."""
+    if every(cells, work=work, kind="open"):
+        return best_goodput(cells, work, name)
+    return capacities(cells, work)[1].get(name)
 
 
 def readme(cells: Cells) -> str:
-    """The short table: best goodput of each by work, memory, and what a crash costs."""
-    works = [work for work in TITLES if of(cells, work=work, kind="open")]
-    everybody = {name for work in works for name in contestants(cells, work)}
-    header = ["in time / s", *(TITLES[work].split(",")[0] + f" {work}" for work in works), "PSS MiB", "after a crash"]
-    rows = []
-    for name in sorted(everybody, key=lambda name: (not ours(name), name)):
-        good = [best_goodput(cells, work, name) for work in works]
-        lost = of(cells, kind="kill", contestant=name)
-        share = sum(c["answered"] for c in lost) / max(1, sum(c["accepted"] for c in lost))
-        held = spread(cell["pss"] for cell in cells if cell.get("contestant") == name and "pss" in cell)
-        rows.append([name, *map(text, good), text(held[2] if held else None), f"{100 * share:.0f} %" if lost else ""])
-    return grid(header, rows) + "\n"
+    """The short table: throughput by work, CPU and memory, what a crash costs; then the bars and where it is from."""
+    rows = lines_of(cells)
+
+    def column(number: Callable[[str], Number], best: Callable[..., float], form: Callable[[Number], str]) -> list[str]:
+        column = [next((n for n in map(number, asked) if n is not None), None) for asked in rows.values()]
+        return bold(column, [form(number) for number in column], best)
+
+    def spent(key: str) -> Callable[[str], Number]:
+        at = busy(cells, "sleep")
+        return lambda name: middle(cells, key, work="sleep", kind="closed", contestant=name, load=at)
+
+    works = [work for work in WORKS if contestants(cells, work)]
+    columns = [column(partial(throughput, cells, work), max, text) for work in works]
+    columns += [column(spent("cpu_ms"), min, text), column(spent("pss"), min, text)]
+    crash = [survived(cells, asked) for asked in rows.values()]
+    shares = [done / taken if taken else None for done, taken in crash]
+    columns.append(bold(shares, [percent(*run) for run in crash], max))
+    kills = every(cells, kind="kill")
+    again = [back([cell for cell in kills if cell["contestant"] in asked]) for asked in rows.values()]
+    columns.append(bold([seconds for seconds, _ in again], [told for _, told in again], min))
+    header = [
+        "",
+        *(PLAIN[work] for work in works),
+        "CPU-ms / request",
+        "memory MiB",
+        "killed: answered",
+        "back after s",
+    ]
+    table = grid(header, zip(rows, *columns, strict=True))
+    parts = [table, LEGEND.format(busy=busy(cells, "sleep")), *left_out(cells), "What was promised:"]
+    parts += [promises(cells), f"{where(cells)}; {source(cells)}. [Every load, latencies, plots]({RESULTS})."]
+    return "\n\n".join(parts) + "\n"
 
 
-def plots(cells: Cells, folder: Path) -> list[Path]:
-    """Goodput by offered load, one picture a work."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    made = []
-    for work, title in TITLES.items():
-        if not of(cells, work=work, kind="open"):
-            continue
-        figure, axes = pyplot.subplots(figsize=(6.4, 4.2))
-        for name in contestants(cells, work):
-            points = []
-            for at in loads(cells, work, "open"):
-                own = {"work": work, "kind": "open", "contestant": name, "load": at}
-                points.append((middle(cells, "offered_per_s", **own), middle(cells, "goodput_per_s", **own)))
-            there = sorted((x, y) for x, y in points if x is not None and y is not None)
-            style = {"linewidth": 2.2} if ours(name) else {"linewidth": 1.0, "linestyle": "--"}
-            axes.plot([x for x, _ in there], [y for _, y in there], marker="o", label=name, **style)
-        axes.axline((0, 0), slope=1, color="0.8", zorder=0)
-        axes.set(title=title, xlabel="offered / s", ylabel="answered in time / s", xlim=(0, None), ylim=(0, None))
-        axes.legend(fontsize=7)
-        figure.tight_layout()
-        made.append(folder / f"peers-{work}.png")
-        figure.savefig(made[-1], dpi=110)
-        pyplot.close(figure)
-    return made
+PAGES: dict[str, Callable[[Cells], str]] = {
+    "README.md": readme,
+    RESULTS: partial(section, pictures="../docs/images"),
+}
 
 
-def summary(cells: Cells) -> dict[str, Any]:
-    """The last line of JSON: the medians that the tables are made of."""
-    found: dict[str, Any] = {"bars": bars(cells), "skipped": of(cells, kind="skip"), "works": {}}
-    keys = ["answered_per_s", "goodput_per_s", "p50_ms", "p95_ms", "p99_ms", "cpu_ms", "rss", "pss", "failed"]
-    keys += ["share", "held", "saved", "back_s"]
-    for work in TITLES:
-        for cell in cells:
-            if cell.get("work") == work and cell["kind"] != "skip":
-                own = {key: cell[key] for key in ("work", "kind", "contestant", "load")}
-                place = found["works"].setdefault(work, {}).setdefault(cell["contestant"], {})
-                numbers = {key: middle(cells, key, **own) for key in keys if key in cell}
-                place[f"{cell['kind']} {cell['load']}"] = {k: round(v, 3) for k, v in numbers.items() if v is not None}
-    return found
+def filled(page: str, body: str, name: str) -> str:
+    """The page with `body` between its markers; ValueError when it does not have them once each, in order."""
+    between = re.compile(f"{re.escape(START)}\n.*?{re.escape(END)}", re.DOTALL)
+    if page.count(START) != 1 or not between.search(page):
+        raise ValueError(f"{name}: put a line {START} and below it a line {END} where the comparison goes, once")
+    return between.sub(lambda _: f"{START}\n\n{body}\n{END}", page)
+
+
+def write(cells: Cells, repo: Path = REPO) -> list[Path]:
+    """Keep the cells, and make both pages and the plots; the files written."""
+    from benchmarks.peers.plots import plots
+
+    pages = {repo / name: filled((repo / name).read_text(), make(cells), name) for name, make in PAGES.items()}
+    (repo / FILE).parent.mkdir(parents=True, exist_ok=True)
+    (repo / FILE).write_text("".join(map(line, cells)))
+    for page, said in pages.items():
+        page.write_text(said)
+    return [repo / FILE, *pages, *plots(cells, repo / IMAGES)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--plots", type=Path, help="folder for the plots")
+    parser.add_argument("file", type=Path, nargs="?", default=REPO / FILE)
+    parser.add_argument("--write", action="store_true", help="keep the cells, write pages and plots")
     chosen = parser.parse_args()
     cells = read(chosen.file)
-    print(section(cells))
-    print(readme(cells))
-    if chosen.plots:
-        chosen.plots.mkdir(parents=True, exist_ok=True)
-        print("\n".join(map(str, plots(cells, chosen.plots))))
+    if chosen.write:
+        print("\n".join(str(file.relative_to(REPO)) for file in write(cells)))
+    else:
+        print(section(cells), readme(cells), sep="\n")
 
 
 if __name__ == "__main__":

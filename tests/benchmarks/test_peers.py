@@ -13,15 +13,32 @@ from typing import Any
 
 import pytest
 
+from benchmarks.bench_peers import command
 from benchmarks.bench_queue import load
 from benchmarks.http_client import body_of
-from benchmarks.peers import accounting, venvs
+from benchmarks.peers import accounting, quality, venvs
 from benchmarks.peers.accounting import Process, Usage, family, foreign, parse_machine, parse_stat
 from benchmarks.peers.campaign import Campaign, Plan
+from benchmarks.peers.cells import (
+    bars,
+    best_goodput,
+    capacities,
+    deadline_ms,
+    kept,
+    line,
+    of,
+    read,
+    recovery,
+    short,
+    summary,
+    survived,
+)
 from benchmarks.peers.contestants import contestant, requests
 from benchmarks.peers.figures import goodput, kill_figures, load_figures, window
+from benchmarks.peers.plots import points, stamps
 from benchmarks.peers.quality import cited
-from benchmarks.peers.report import bars, best_goodput, capacities, deadline_ms, of, read, readme, section, summary
+from benchmarks.peers.report import END, START, bold, filled, readme
+from benchmarks.peers.tables import back, percent, section
 from benchmarks.peers.work import Setup, run
 from models.api import GenerateWork
 from models.store import ZOO
@@ -164,6 +181,8 @@ CELLS = [
      "refused": 7, "held": 9, "saved": 1, "back_s": None, "share": 0.4, "repeat": 0},
 ]  # fmt: skip
 
+PEERS_OF_CLASSIFY = {"offramp cascade": 300, "mosec": 100, "ray": 50, "litserve": 60}
+
 
 def test_capacity_is_the_best_peers_and_disturbed_cells_do_not_count() -> None:
     best, able = capacities(CELLS, "sleep")
@@ -176,24 +195,103 @@ def test_capacity_is_the_best_peers_and_disturbed_cells_do_not_count() -> None:
 def test_a_lost_bar_is_said_as_plainly_as_a_won_one() -> None:
     assert best_goodput(CELLS, "sleep", "mosec") == 800
     field = [*CELLS, opened("ray", "own", 60), opened("litserve", "1.2", 50), opened("bentoml", "1.2", 40)]
-    to_mosec, to_others = bars(field)
+    to_mosec, to_others, *unmeasured = bars(field)
+    assert [bar["ratio"] for bar in unmeasured] == [None] * 3
     assert (to_mosec["rival"], to_mosec["ratio"], to_mosec["met"]) == ("mosec", 0.75, False)
     assert (to_others["rival"], to_others["ratio"], to_others["met"]) == ("ray", 10.0, True)
-    assert [bar["rival"] for bar in bars(CELLS)] == ["mosec"]
-    assert bars([cell for cell in field if cell.get("contestant") not in ("mosec", "ray")]) == []
+    assert [bar["met"] for bar in bars(CELLS)] == [False, None, None, None, None]
+    few = [cell for cell in field if cell.get("contestant") not in ("mosec", "ray")]
+    assert [bar["met"] for bar in bars(few)] == [None] * 5
     told = section(field)
-    assert "at least 0.95x the goodput of mosec: 0.75x. Not met." in told
+    assert "- 20 ms model: Offramp at least 0.95x mosec: 0.75x. **Not met.**" in told
     assert "Left out: bentoml in (b) a model of 20 ms a batch of at most 16: no such wheel" in told
     assert "3 runs were discarded" in told
     assert "| mosec | 100 | 40 | 40.0 % | 1 of 9 | 7 | never |" in told
-    assert "| mosec | 800 | 70 | 40 % |" in readme(CELLS)
+    assert "| mosec | **800** | **0.50** | **70.0** | **40.0 %** | never |" in readme(CELLS)
+    assert "Left out: bentoml" in readme(CELLS)
     assert summary(CELLS)["works"]["sleep"]["mosec"]["closed 128"]["answered_per_s"] == 720
+
+
+def test_cells_are_kept_short_and_read_back_the_same(tmp_path: Path) -> None:
+    assert [short(v) for v in (0.123456, 1234.5678, 720.0, 20480, None, True)] == [0.1235, 1235, 720, 20480, None, True]
+    cell = opened("mosec", "0.8", 577.12345, foreign=0.0123456, statuses={"200": 4}, client_cores=0.1)
+    few = kept(cell)
+    assert (few["goodput_per_s"], few["foreign"], few["noisy"]) == (577.1, 0.01235, False)
+    assert not {"statuses", "client_cores"} & set(few)
+    assert kept(few) == few
+    file = tmp_path / "cells"
+    file.write_text("".join(map(line, [*CELLS, cell])))
+    assert "".join(map(line, read(file))) == file.read_text()
+    before, after = section([*CELLS, cell]), section(read(file))
+    assert after == before.replace("577.12345", "577.1")
+
+
+def test_a_kill_counts_on_a_busy_machine_too() -> None:
+    quiet = next(cell for cell in CELLS if cell["kind"] == "kill")
+    cells = [quiet, quiet | {"answered": 10, "noisy": True, "repeat": 1, "back_s": 2.5}]
+    assert (back([quiet]), back(cells), back([])) == ((None, "never"), (2.5, "2.50 (not always)"), (None, ""))
+    assert survived(cells, ["mosec"]) == (50, 200)
+    assert "| mosec | 200 | 50 | 25.0 % |" in section([*CELLS[:-1], *cells])
+
+
+def test_offramp_recovers_only_when_nothing_is_lost() -> None:
+    [kill] = [cell for cell in CELLS if cell["kind"] == "kill"]
+    assert recovery(CELLS)["met"] is None
+    own = kill | {"contestant": "offramp", "answered": 100}
+    assert recovery([*CELLS, own]) == {"answered": 100, "accepted": 100, "peers": {"mosec": (40, 100)}, "met": True}
+    lost = recovery([*CELLS, own, own | {"contestant": "offramp full", "work": "generate", "answered": 99}])
+    assert (lost["answered"], lost["accepted"], lost["met"]) == (199, 200, False)
+    assert (percent(9999, 10000), percent(570, 1000), percent(0, 0)) == ("99.9 %", "57.0 %", "")
+    assert "all that it accepted: 100 of 100. **Met.** (mosec 40.0 %)" in readme([*CELLS, own])
+
+
+def test_a_cheaper_way_that_is_worse_meets_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    field = [opened(name, "0.8", rate, work="classify") for name, rate in PEERS_OF_CLASSIFY.items()]
+    [bar] = [bar for bar in bars(field) if bar["work"] == "classify"]
+    assert (bar["ratio"], bar["met"], bar["worse"]) == (3.0, True, "")
+    told = {"ensemble": ("91", "0.2600 ± 0.01", "0"), "cascade": ("91", "0.2653 ± 0.01", "0")}
+    monkeypatch.setattr(quality, "methods", lambda: told)
+    [bar] = [bar for bar in bars(field) if bar["work"] == "classify"]
+    assert (bar["ratio"], bar["met"], bar["worse"]) == (3.0, False, "NLL 0.2653 against 0.2600")
+
+
+def test_the_best_of_a_column_is_bold_whoever_has_it() -> None:
+    assert bold([1.0, None, 3.0, 3.001], ["1", "", "3", "3"], max) == ["1", "", "**3**", "**3**"]
+    assert bold([1.0, 3.0], ["1", "3"], min) == ["**1**", "3"]
+    assert bold([None], [""], max) == [""]
+    rows = [row.split(" | ") for row in readme(CELLS).splitlines() if row.startswith("| ")]
+    assert [row[0] for row in rows[2:]] == ["| Offramp, same work", "| BentoML", "| mosec", "| Ray Serve"]
+    assert [row[1] for row in rows[2:]] == ["600", "", "**800**", "0"]
+
+
+def test_a_page_is_filled_between_its_markers_and_only_there() -> None:
+    page = f"before\n\n{START}\nold\n{END}\n\nafter\n<!-- end -->\n"
+    once = filled(page, "| new \\1 |\n", "README.md")
+    assert once == f"before\n\n{START}\n\n| new \\1 |\n\n{END}\n\nafter\n<!-- end -->\n"
+    assert filled(once, "| new \\1 |\n", "README.md") == once
+    for wrong in ("nothing", f"{END}\n{START}\n", page + page):
+        with pytest.raises(ValueError, match=r"README\.md: put a line <!-- peers"):
+            filled(wrong, "x", "README.md")
+
+
+def test_plots_show_every_open_loop_by_offered_load() -> None:
+    far = opened("mosec", "0.5", 400, offered_per_s=500.0)
+    drawn = points([*CELLS[:-4], opened("mosec", "1.2", 300), far], "sleep")
+    assert drawn["mosec"][0] == (500.0, 400)
+    assert drawn["mosec"][-1] == (800.0, 550.0)
+    assert set(stamps(CELLS)) == {"peers-sleep.png"}
+
+
+def test_the_command_of_a_run_names_no_place() -> None:
+    given = ["--long", "--out", "/somewhere/cells", "--venvs=/else", "--only", "sleep", "mosec", "--resume", "x"]
+    assert command(given) == "python benchmarks/bench_peers.py --long --only sleep mosec"
+    assert command([]) == "python benchmarks/bench_peers.py"
 
 
 def test_a_file_that_was_cut_off_is_read_up_to_there(tmp_path: Path) -> None:
     file = tmp_path / "cells"
     file.write_text("\n".join(map(json.dumps, CELLS)) + '\n{"work": "sle')
-    assert read(file) == json.loads(json.dumps(CELLS))
+    assert read(file) == json.loads(json.dumps([*map(kept, CELLS)]))
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped() -> None:
