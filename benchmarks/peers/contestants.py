@@ -48,8 +48,8 @@ DRILL = {"kind": "drill", "image": [28, 28, 1], "labels": [str(k) for k in range
 class Tuning:
     """How requests are batched for a work: the peers' most requests and longest wait, and Offramp's slots.
 
-    Slots are twice the batch, since a row keeps its own until its answer is stored; a step of `sleep` that has more
-    rows than the batch takes as many times as long. `generate` and `mixed`: two guided pictures saturate a core (card
+    Slots are the batch where a row has one tick; a step of `sleep` with more rows than the batch takes as many times as
+    long. `generate` and `mixed`: two guided pictures saturate a core (card
     of fashion-dit: a call on four network rows takes 2.9 ms a row, one on 32 rows 2.8), and more in a batch only wait
     for each other, whoever batches them.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from service.protocol import Delivery, Failure, Job, Outcome, Result, Terms, dec
 
 ADVERTISED_MS = 60_000
 UNREADABLE_TTL_S = 600
+Waiting = tuple[Job, bytes, Terms, float]  # since when, time.monotonic()
 START = ("0-0", "0-0", "0-0")
 
 log = logging.getLogger(__name__)
@@ -75,7 +77,7 @@ class Broker(Hooks):
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
-        self._submit = Together[Call, Any](partial(self._scripts, "submit"))
+        self._submit = Together[Waiting, Any](self._submit_all)
 
     # gateway side
 
@@ -89,15 +91,21 @@ class Broker(Hooks):
             DeadlineExceeded: no worker has room, and at their rate the backlog drains too late.
             NoWorker: nobody serves the model.
         """
-        model, t = job.work.model, terms
-        args = (
-            *(job.id, encode(job), t.rows, job.cost, t.deadline_ms, t.max_backlog, t.priority, t.owner, t.max_owed),
-            *(t.reply_to, "1" if t.events else "", t.webhook, ALIVE_MS if t.need_worker else 0),
-        )
-        verdict, handle, waiting, rate = await self._submit((model, args))
+        verdict, handle, waiting, rate = await self._submit((job, encode(job), terms, time.monotonic()))
+        ahead, per_second = int(waiting), float(rate)
         if (said := verdict.decode()) in ("accepted", "attached"):
             return Submitted(handle.decode(), said == "attached")
-        raise await self._refusal(said, job, terms, int(waiting), float(rate))
+        raise await self._refusal(said, job, terms, ahead, per_second)
+
+    async def _submit_all(self, waiting: Sequence[Waiting]) -> list[Any]:
+        """Several jobs; what they have waited for each other is off their budgets."""
+        now, calls = time.monotonic(), list[Call]()
+        for job, payload, t, since in waiting:
+            left_ms = max(1, t.deadline_ms - round((now - since) * 1000))
+            terms = (job.id, payload, t.rows, job.cost, left_ms, t.max_backlog, t.priority, t.owner, t.max_owed)
+            more = (t.reply_to, "1" if t.events else "", t.webhook, ALIVE_MS if t.need_worker else 0)
+            calls.append((job.work.model, terms + more))
+        return await self._scripts("submit", calls)
 
     async def _refusal(self, verdict: str, job: Job, terms: Terms, waiting: int, rate: float) -> OfframpError:
         model = job.work.model

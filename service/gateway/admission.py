@@ -19,6 +19,7 @@ from service.gateway.webhooks import check_webhook
 from service.protocol import ClassifyJob, GenerateJob, Job, Result, Terms
 
 GRACE_S = 0.5
+SPENT = 0.7  # as in submit.lua
 Work = GenerateWork | ClassifyWork
 Params = GenerateParams | ClassifyParams
 
@@ -36,6 +37,19 @@ def price(work: Work, info: ModelInfo) -> int:
     return max(1, planned)
 
 
+def refuse_hopeless(gateway: Gateway, info: ModelInfo, params: Params, asked: Asking) -> None:
+    """DeadlineExceeded where answers take most of the budget by now, before more is done for it."""
+    takes_s = gateway.flows[info.name].seconds()
+    if takes_s > SPENT * budget_of(gateway, params):
+        late = f"answers of {info.name!r} take {takes_s:.2f} s by now"
+        raise DeadlineExceeded(f"the deadline cannot be met: {late}", field="deadline_ms")
+
+
+def budget_of(gateway: Gateway, params: Params) -> float:
+    """Seconds from arrival in which a request wants its answer."""
+    return gateway.settings.deadline_s if params.deadline_ms is None else params.deadline_ms / 1000
+
+
 async def run_job(gateway: Gateway, info: ModelInfo, params: Params, work: Work, asked: Asking) -> Result | str:
     """Submit `work` and wait for its result; the job's id when the client would rather not wait any longer.
 
@@ -45,31 +59,43 @@ async def run_job(gateway: Gateway, info: ModelInfo, params: Params, work: Work,
         QueueFull, NoWorker, Unavailable, DeadlineExceeded, IdempotencyConflict, or what the worker failed with.
     """
     check_webhook(params.webhook, gateway.settings)
-    budget_s = gateway.settings.deadline_s if params.deadline_ms is None else params.deadline_ms / 1000
+    budget_s = budget_of(gateway, params)
     job = await _job(gateway, info, params, work, asked)
-    waiting = gateway.metrics.waiting.labels(info.task)
-    with gateway.replies.expect(job.id) as waiter, waiting.track_inprogress():
+    waiting, in_flight = gateway.metrics.waiting.labels(info.task), gateway.flows[info.name].entered(job.cost)
+    with gateway.replies.expect(job.id) as waiter, waiting.track_inprogress(), in_flight:
         submitted, left_s = await _queue(gateway, job, params, asked, budget_s)
         if submitted.attached:
             waiter.look.set()
-        answer = gateway.replies.result(waiter, info.name, job.id, left_s + GRACE_S)
+        answer = _answer(gateway, waiter, job, asked.arrived + budget_s, left_s + GRACE_S)
         if asked.wait_s is not None:
             try:
                 async with asyncio.timeout(asked.wait_s):
-                    return succeeded(await answer)
+                    return await answer
             except TimeoutError:
                 return job.id
         if asked.key:
-            return succeeded(await answer)
+            return await answer
         watch = asyncio.create_task(_watch(asked.request, waiter))
         try:
-            return succeeded(await answer)
+            return await answer
         except Cancelled:
             if waiter.gone:
                 await gateway.broker.cancel(info.name, job.id, gateway.settings.result_ttl_s)
             raise
         finally:
             watch.cancel()
+
+
+async def _answer(gateway: Gateway, waiter: Waiter, job: Job, due: float, budget_s: float) -> Result:
+    """The result, within the budget; `due` (time.monotonic()) is when the client wants it."""
+    model = job.work.model
+    try:
+        result = await gateway.replies.result(waiter, model, job.id, budget_s)
+    except DeadlineExceeded:
+        gateway.flows[model].answered(job.cost, late=True)
+        raise
+    gateway.flows[model].answered(job.cost, late=time.monotonic() > due)
+    return succeeded(result)
 
 
 async def _queue(gateway: Gateway, job: Job, params: Params, asked: Asking, budget_s: float) -> tuple[Submitted, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 
 from models.api import ModelInfo
@@ -11,6 +12,7 @@ from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.errors import OfframpError, Unavailable
 from service.gateway.replies import Replies
+from service.gateway.shedding import Flow
 from service.keys import Keyring
 from service.metrics import GatewayMetrics
 
@@ -51,7 +53,7 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Gateway:
-    """One gateway process; `id` names its reply stream."""
+    """One gateway process; `id` names its reply stream; `flows` are by model."""
 
     id: str
     settings: Settings
@@ -60,3 +62,4 @@ class Gateway:
     catalogue: Catalogue
     metrics: GatewayMetrics
     keys: Keyring
+    flows: defaultdict[str, Flow]

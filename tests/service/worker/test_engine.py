@@ -208,3 +208,45 @@ def test_late_jobs_are_counted_by_where_they_were() -> None:
     assert len(engine.tick().finished) == 2
     assert [sample(engine, "offramp_deadline_missed_total", when=when) for when in ("running", "waiting")] == [1, 1]
     assert sample(engine, "offramp_deadline_slack_seconds_sum") == pytest.approx(1.0)
+
+
+def test_slots_of_rows_that_end_with_the_running_tick_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = ToyGenerate(capacity=4)
+    engine, step, seen = make(task), task.step, []
+
+    def watched(slots: list[int]) -> object:
+        seen.append(engine.free_rows())
+        if len(seen) == 1:
+            engine.offer(delivery(draw(rows=2, steps=1, seed=7)))
+            seen.append(engine.free_rows())
+        return step(slots)
+
+    monkeypatch.setattr(task, "step", watched)
+    engine.offer(delivery(draw(rows=2, steps=2)), delivery(draw(rows=1, steps=1, seed=5)))
+    engine.tick()
+    assert seen == [2, 0], "one slot is free and one will be; then both are spoken for"
+    engine.tick()
+    assert seen[2] == 4, "all rows end with the second tick"
+    assert engine.idle()
+
+
+def test_the_next_tick_is_foreseen_from_the_last_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, task = Clock(), ToyGenerate(capacity=1)
+    engine, step, seen = make(task, clock), task.step, []
+
+    def watched(slots: list[int]) -> object:
+        seen.append(engine.until_next_s())
+        clock.now += 0.03
+        seen.append(engine.until_next_s())
+        clock.now += 0.02
+        return step(slots)
+
+    monkeypatch.setattr(task, "step", watched)
+    assert engine.until_next_s() == 0.0, "nothing is in hand"
+    run(engine, draw(steps=4))
+    engine.offer(delivery(draw(steps=1)))
+    assert engine.until_next_s() == pytest.approx(0.05), "a tick is about to begin"
+    engine.tick()
+    assert seen[:2] == [0.0, 0.0], "nothing was measured"
+    assert seen[-2:] == [pytest.approx(0.05), pytest.approx(0.02)]
+    assert engine.until_next_s() == 0.0

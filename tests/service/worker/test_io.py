@@ -22,7 +22,7 @@ from service.broker.embedded import Embedded
 from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.metrics import WorkerMetrics
-from service.protocol import Job, Result, Terms
+from service.protocol import Delivery, Job, Result, Terms
 from service.worker import lane as lane_module
 from service.worker.engine import Engine
 from service.worker.io import WorkerIO
@@ -98,6 +98,25 @@ async def test_what_is_taken_together_enters_together(broker: Broker, valkey_url
         for job in jobs:
             await answer(broker, job)
     assert len(task.batches[0]) == 8
+
+
+async def test_what_follows_is_taken_before_the_tick_ends_that_makes_room(
+    broker: Broker, valkey_url: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead, offer = [], Engine.offer
+
+    def watched(engine: Engine, *deliveries: Delivery) -> None:
+        ahead.append(engine._began is not None)
+        offer(engine, *deliveries)
+
+    monkeypatch.setattr(Engine, "offer", watched)
+    monkeypatch.setattr(lane_module, "LEAD_S", 0.04)
+    jobs = [await submit(broker, draw(model=model, steps=1, seed=n)) for n in range(10)]
+    with serving(valkey_url, ToyGenerate(model, capacity=1, step_s=0.06)):
+        for job in jobs:
+            await answer(broker, job)
+    assert len(ahead) == 10
+    assert any(ahead)
 
 
 async def test_mixed_jobs_are_each_answered_once(broker: Broker, valkey_url: str, model: str) -> None:
