@@ -96,7 +96,8 @@ def gateway() -> None:
     )
     server = uvicorn.Server(config)
     app.state.leaving = lambda: server.should_exit
-    gc.freeze()  # what is there by now stays: no collection looks at it again
+    gc.collect()
+    gc.freeze()  # what is there by now stays: no collection looks at it again, and those to come look seldom
     gc.set_threshold(20_000, 50, 50)
     server.run()
 

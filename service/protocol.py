@@ -48,6 +48,7 @@ class Terms:
         events: keep a stream of what happens to it.
         webhook: URL to tell at the end; empty for none.
         need_worker: refuse when no live worker serves the model.
+        refused: cost of work that the gateway refused since its last job: it was asked for too.
     """
 
     rows: int
@@ -60,6 +61,7 @@ class Terms:
     events: bool = False
     webhook: str = ""
     need_worker: bool = False
+    refused: int = 0
 
 
 @dataclass(frozen=True)

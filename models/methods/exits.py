@@ -67,7 +67,7 @@ class Exits(Plain):
 
     @classmethod
     def plan(cls, classifier: Classifier) -> Plan | None:
-        """Every exit in turn; nothing runs at admission."""
+        """Every exit in turn, without the source's whole forward."""
         if classifier.exits is None:
             return None
         return Plan(tuple(Stage(exit_name(k), i) for i, k in enumerate(classifier.exits.stages)), source=False)

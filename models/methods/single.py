@@ -24,7 +24,7 @@ class Single(Plain):
 
     @classmethod
     def plan(cls, classifier: Classifier) -> Plan:
-        """Nothing is left to run after admission."""
+        """The source's forward is all."""
         return Plan()
 
     def answer(self, pool: Rows, slots: Slots) -> Sequence[Answer]:

@@ -141,7 +141,8 @@ class ClassifyTask:
             self.fresh[fresh] = False
         due: dict[str, list[tuple[int, Call]]] = {}
         for slot in slots:
-            for call in self.plans[self.method[slot]].calls[self.done[slot] : self.done[slot] + 1]:
+            if plan := self.plans[self.method[slot]].calls:
+                call = plan[self.done[slot]]
                 due.setdefault(call.network, []).append((slot, call))
         for pairs in due.values():
             rows, calls = zip(*pairs, strict=True)

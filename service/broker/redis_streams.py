@@ -29,10 +29,28 @@ from service.protocol import Delivery, Failure, Job, Outcome, Result, Terms, dec
 
 ADVERTISED_MS = 60_000
 UNREADABLE_TTL_S = 600
-Waiting = tuple[Job, bytes, Terms, float]  # since when, time.monotonic()
 START = ("0-0", "0-0", "0-0")
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job on its way to the queue: its terms as of `since` (time.monotonic()), its wire form."""
+
+    job: Job
+    payload: bytes
+    terms: Terms
+    since: float
+
+    def call(self, now: float) -> Call:
+        """What submit.lua gets; the time since then is off the budget."""
+        job, t = self.job, self.terms
+        left_ms = max(1, t.deadline_ms - round((now - self.since) * 1000))
+        return job.work.model, (
+            *(job.id, self.payload, t.rows, job.cost, left_ms, t.max_backlog, t.priority, t.owner, t.max_owed),
+            *(t.reply_to, "1" if t.events else "", t.webhook, ALIVE_MS if t.need_worker else 0, t.refused),
+        )
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,7 @@ class Broker(Hooks):
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
-        self._submit = Together[Waiting, Any](self._submit_all)
+        self._submit = Together[Submission, Any](self._submit_all)
 
     # gateway side
 
@@ -91,21 +109,14 @@ class Broker(Hooks):
             DeadlineExceeded: no worker has room, and at their rate the backlog drains too late.
             NoWorker: nobody serves the model.
         """
-        verdict, handle, waiting, rate = await self._submit((job, encode(job), terms, time.monotonic()))
-        ahead, per_second = int(waiting), float(rate)
+        verdict, handle, waiting, rate = await self._submit(Submission(job, encode(job), terms, time.monotonic()))
         if (said := verdict.decode()) in ("accepted", "attached"):
             return Submitted(handle.decode(), said == "attached")
-        raise await self._refusal(said, job, terms, ahead, per_second)
+        raise await self._refusal(said, job, terms, int(waiting), float(rate))
 
-    async def _submit_all(self, waiting: Sequence[Waiting]) -> list[Any]:
-        """Several jobs; what they have waited for each other is off their budgets."""
-        now, calls = time.monotonic(), list[Call]()
-        for job, payload, t, since in waiting:
-            left_ms = max(1, t.deadline_ms - round((now - since) * 1000))
-            terms = (job.id, payload, t.rows, job.cost, left_ms, t.max_backlog, t.priority, t.owner, t.max_owed)
-            more = (t.reply_to, "1" if t.events else "", t.webhook, ALIVE_MS if t.need_worker else 0)
-            calls.append((job.work.model, terms + more))
-        return await self._scripts("submit", calls)
+    async def _submit_all(self, waiting: Sequence[Submission]) -> list[Any]:
+        now = time.monotonic()
+        return await self._scripts("submit", [one.call(now) for one in waiting])
 
     async def _refusal(self, verdict: str, job: Job, terms: Terms, waiting: int, rate: float) -> OfframpError:
         model = job.work.model

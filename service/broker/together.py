@@ -15,8 +15,8 @@ class Together(Generic[C, A]):
     """One round trip at a time: calls that come while it is under way share the next one, `MOST` at most.
 
     An idle server is asked at once; a busy one is asked seldom, for many. `run` answers a list of calls in order, an
-    exception in place of an answer that has none; one that it raises is everybody's. A call whose caller has gone
-    before it was sent is not sent.
+    exception in place of an answer that has none. One that it raises is everybody's, those who wait for the next round
+    trip included: nobody has to wait for an outage twice. A call whose caller has gone before it was sent is not sent.
     """
 
     def __init__(self, run: Callable[[Sequence[C]], Awaitable[Sequence[A | Exception]]]) -> None:
@@ -42,9 +42,11 @@ class Together(Generic[C, A]):
             self._sender = None
 
     async def _round(self, wanted: Sequence[tuple[C, asyncio.Future[A]]]) -> None:
+        answers: Sequence[A | Exception]
         try:
             answers = await self._run([call for call, _ in wanted])
         except Exception as error:
+            wanted, self._waiting = [*wanted, *self._waiting], []
             answers = [error] * len(wanted)
         for (_, future), answer in zip(wanted, answers, strict=True):
             if future.done():

@@ -14,6 +14,7 @@ from service.errors import Cancelled, DeadlineExceeded, JobFailed, by_code
 from service.gateway.asking import Asking, fingerprint
 from service.gateway.replies import Waiter
 from service.gateway.resolve import pick_gear
+from service.gateway.shedding import Flow
 from service.gateway.state import Gateway
 from service.gateway.webhooks import check_webhook
 from service.protocol import ClassifyJob, GenerateJob, Job, Result, Terms
@@ -37,19 +38,6 @@ def price(work: Work, info: ModelInfo) -> int:
     return max(1, planned)
 
 
-def refuse_hopeless(gateway: Gateway, info: ModelInfo, params: Params, asked: Asking) -> None:
-    """DeadlineExceeded where answers take most of the budget by now, before more is done for it."""
-    takes_s = gateway.flows[info.name].seconds()
-    if takes_s > SPENT * budget_of(gateway, params):
-        late = f"answers of {info.name!r} take {takes_s:.2f} s by now"
-        raise DeadlineExceeded(f"the deadline cannot be met: {late}", field="deadline_ms")
-
-
-def budget_of(gateway: Gateway, params: Params) -> float:
-    """Seconds from arrival in which a request wants its answer."""
-    return gateway.settings.deadline_s if params.deadline_ms is None else params.deadline_ms / 1000
-
-
 async def run_job(gateway: Gateway, info: ModelInfo, params: Params, work: Work, asked: Asking) -> Result | str:
     """Submit `work` and wait for its result; the job's id when the client would rather not wait any longer.
 
@@ -59,14 +47,18 @@ async def run_job(gateway: Gateway, info: ModelInfo, params: Params, work: Work,
         QueueFull, NoWorker, Unavailable, DeadlineExceeded, IdempotencyConflict, or what the worker failed with.
     """
     check_webhook(params.webhook, gateway.settings)
-    budget_s = budget_of(gateway, params)
-    job = await _job(gateway, info, params, work, asked)
-    waiting, in_flight = gateway.metrics.waiting.labels(info.task), gateway.flows[info.name].entered(job.cost)
-    with gateway.replies.expect(job.id) as waiter, waiting.track_inprogress(), in_flight:
-        submitted, left_s = await _queue(gateway, job, params, asked, budget_s)
+    budget_s = gateway.settings.deadline_s if params.deadline_ms is None else params.deadline_ms / 1000
+    due = asked.arrived + budget_s
+    job, priority = await _job(gateway, info, params, work, asked), asked.caller.allowed(params.priority)
+    flow = gateway.flows.of(info.name, priority, budget_s)
+    if not asked.key:
+        _refuse_late(flow, job, SPENT * budget_s - (time.monotonic() - asked.arrived))
+    waiting = gateway.metrics.waiting.labels(info.task)
+    with gateway.replies.expect(job.id) as waiter, waiting.track_inprogress(), flow.entered():
+        submitted = await _queue(gateway, job, params, asked, due, flow)
         if submitted.attached:
             waiter.look.set()
-        answer = _answer(gateway, waiter, job, asked.arrived + budget_s, left_s + GRACE_S)
+        answer = _answer(gateway, waiter, job, due, flow)
         if asked.wait_s is not None:
             try:
                 async with asyncio.timeout(asked.wait_s):
@@ -86,23 +78,31 @@ async def run_job(gateway: Gateway, info: ModelInfo, params: Params, work: Work,
             watch.cancel()
 
 
-async def _answer(gateway: Gateway, waiter: Waiter, job: Job, due: float, budget_s: float) -> Result:
-    """The result, within the budget; `due` (time.monotonic()) is when the client wants it."""
-    model = job.work.model
+def _refuse_late(flow: Flow, job: Job, left_s: float) -> None:
+    """DeadlineExceeded where answers take longer than that by now."""
+    if (takes_s := flow.seconds()) > left_s:
+        flow.refuse(job.cost)
+        late = f"answers of {job.work.model!r} take {takes_s:.2f} s by now"
+        raise DeadlineExceeded(f"the deadline cannot be met: {late}", field="deadline_ms")
+
+
+async def _answer(gateway: Gateway, waiter: Waiter, job: Job, due: float, flow: Flow) -> Result:
+    """The result, soon after `due` (time.monotonic()) at the latest."""
     try:
-        result = await gateway.replies.result(waiter, model, job.id, budget_s)
+        left_s = due - time.monotonic()
+        result = await gateway.replies.result(waiter, job.work.model, job.id, left_s + GRACE_S)
     except DeadlineExceeded:
-        gateway.flows[model].answered(job.cost, late=True)
+        flow.answered(late=True)
         raise
-    gateway.flows[model].answered(job.cost, late=time.monotonic() > due)
+    flow.answered(late=time.monotonic() > due)
     return succeeded(result)
 
 
-async def _queue(gateway: Gateway, job: Job, params: Params, asked: Asking, budget_s: float) -> tuple[Submitted, float]:
-    """Submit within the budget; the seconds that are left of it."""
+async def _queue(gateway: Gateway, job: Job, params: Params, asked: Asking, due: float, flow: Flow) -> Submitted:
+    """Submit before `due`."""
     try:
-        async with asyncio.timeout(budget_s - (time.monotonic() - asked.arrived)):
-            left_s = budget_s - (time.monotonic() - asked.arrived)
+        left_s = due - time.monotonic()
+        async with asyncio.timeout(left_s):
             terms = Terms(
                 rows=job.work.rows,
                 deadline_ms=max(1, round(left_s * 1000)),
@@ -114,11 +114,13 @@ async def _queue(gateway: Gateway, job: Job, params: Params, asked: Asking, budg
                 events=asked.wait_s is not None,
                 webhook=params.webhook or "",
                 need_worker=True,
+                refused=flow.refused(),
             )
             submitted = await gateway.broker.submit(job, terms)
             asked.request.state.queued = True
-            return submitted, left_s
+            return submitted
     except TimeoutError:
+        flow.answered(late=True)
         raise DeadlineExceeded("the deadline passed before the job was queued", field="deadline_ms") from None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -29,7 +28,7 @@ from service.gateway.middleware import BodyLimit, Direct, Edge
 from service.gateway.replies import Replies
 from service.gateway.routes import classify, generate, health, jobs, models
 from service.gateway.schemas import Problem, problem_of
-from service.gateway.shedding import Flow, Lag, Shed
+from service.gateway.shedding import Flows, Lag, Shed
 from service.gateway.state import Catalogue, Gateway
 from service.gateway.webhooks import Webhooks
 from service.keys import gateway_keyring
@@ -59,7 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
     broker = Broker(settings.redis_url or LOCAL_REDIS)
     replies, metrics, catalogue = Replies(broker, gateway_id), GatewayMetrics(), Catalogue(broker)
     keyring = gateway_keyring(settings)
-    app.state.gateway = Gateway(gateway_id, settings, broker, replies, catalogue, metrics, keyring, defaultdict(Flow))
+    app.state.gateway = Gateway(gateway_id, settings, broker, replies, catalogue, metrics, keyring, Flows())
     app.state.webhooks = Webhooks(broker, metrics, settings)
     app.state.expiry = Expiry(broker, settings)
     app.state.crowd = Crowd()

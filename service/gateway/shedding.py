@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,9 +21,8 @@ from service.gateway.middleware import TASKS
 LOOK_S = 0.05
 LOOKS = 4  # in a row: one stall is no overload
 BEHIND_S = 0.25
-LEAST = 16  # answers
-MEMORY_S = 0.25
-WARY_S = 1.0
+LEAST, SEVERAL = 16, 2  # answers
+MEMORY_S, OLDEST_S, WARY_S = 0.25, 5.0, 1.0
 
 
 class Lag:
@@ -54,42 +53,66 @@ class Lag:
 
 
 class Flow:
-    """What this gateway has in flight of one model, and how fast it is answered: by Little's law what comes now waits
-    for the one divided by the other, whatever holds it up.
+    """Requests alike that this gateway has in flight, and how fast they are answered: by Little's law what comes now
+    takes the one divided by the other, whatever holds it up.
 
-    It says so only while answers came late a moment ago: of a service that keeps up the rate is no capacity.
+    It says so only for WARY_S after several of the last answers were late: of a service that keeps up the rate is no
+    capacity. Fewer than LEAST answers within OLDEST_S say nothing.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._in_flight = 0.0
-        self._answered: deque[tuple[float, float]] = deque()
-        self._late_at = -math.inf
+        self._in_flight = 0
+        self._answered: deque[float] = deque()
+        self._late: deque[bool] = deque(maxlen=LEAST)
+        self._wary_until = -math.inf
+        self._refused = 0
 
     @contextmanager
-    def entered(self, cost: float) -> Iterator[None]:
-        """Work of this cost is in flight."""
-        self._in_flight += cost
+    def entered(self) -> Iterator[None]:
+        """One more is in flight."""
+        self._in_flight += 1
         try:
             yield
         finally:
-            self._in_flight -= cost
+            self._in_flight -= 1
 
-    def answered(self, cost: float, late: bool) -> None:
-        """Some of it has its answer, or was too late for one."""
+    def answered(self, late: bool) -> None:
+        """One has its answer, or was too late for one."""
         now = self._clock()
-        if late:
-            self._late_at = now
-        self._answered.append((now, cost))
-        while len(self._answered) > LEAST and self._answered[0][0] < now - MEMORY_S:
+        self._answered.append(now)
+        while len(self._answered) > LEAST and self._answered[0] < now - MEMORY_S:
             self._answered.popleft()
+        self._late.append(late)
+        if sum(self._late) >= SEVERAL:
+            self._wary_until = now + WARY_S
 
     def seconds(self) -> float:
-        """Until what is in flight is answered; 0 while all is well."""
-        now = self._clock()
-        if now - self._late_at > WARY_S or len(self._answered) < LEAST:
+        """What the next one should take; 0 while all is well."""
+        now, answers = self._clock(), len(self._answered)
+        if now > self._wary_until or answers < LEAST or self._answered[0] < now - OLDEST_S:
             return 0.0
-        return self._in_flight * (now - self._answered[0][0]) / sum(cost for _, cost in self._answered)
+        return self._in_flight * max(MEMORY_S, now - self._answered[0]) / answers
+
+    def refuse(self, cost: int) -> None:
+        """Work of this cost was refused for it."""
+        self._refused += cost
+
+    def refused(self) -> int:
+        """Cost of what was refused since the last call."""
+        cost, self._refused = self._refused, 0
+        return cost
+
+
+class Flows:
+    """Flows by what makes requests alike: model, priority, and the budget's power of two."""
+
+    def __init__(self) -> None:
+        self._flows: defaultdict[tuple[str, str, int], Flow] = defaultdict(Flow)
+
+    def of(self, model: str, priority: str, budget_s: float) -> Flow:
+        """The flow that such a request belongs to."""
+        return self._flows[model, priority, math.frexp(budget_s)[1]]
 
 
 class Shed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 
 from models.api import ModelInfo
@@ -12,7 +11,7 @@ from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.errors import OfframpError, Unavailable
 from service.gateway.replies import Replies
-from service.gateway.shedding import Flow
+from service.gateway.shedding import Flows
 from service.keys import Keyring
 from service.metrics import GatewayMetrics
 
@@ -53,7 +52,7 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Gateway:
-    """One gateway process; `id` names its reply stream; `flows` are by model."""
+    """One gateway process; `id` names its reply stream."""
 
     id: str
     settings: Settings
@@ -62,4 +61,4 @@ class Gateway:
     catalogue: Catalogue
     metrics: GatewayMetrics
     keys: Keyring
-    flows: defaultdict[str, Flow]
+    flows: Flows

@@ -1,6 +1,7 @@
 """Workers that share a queue, as events on one simulated clock. Engines, schedulers and controllers are the service's.
 
-A tick runs when it begins and is told when it ends; until then the worker's lane goes by the room it had before.
+A tick runs when it begins and is told when it ends; until then the worker's lane goes by the room it had before: the
+real one also looks at what is about to end.
 """
 
 from __future__ import annotations

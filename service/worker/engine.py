@@ -68,6 +68,7 @@ class Engine:
         self._had_work_until: float | None = None
         self._ended = clock()
         self._began: float | None = None
+        self._waits, self._ended_last = False, 0
         self._rested = True
         self.pressed = False
         self._publish()
@@ -127,9 +128,12 @@ class Engine:
         batch = self._scheduler.batch()
         jobs = len(self._scheduler.owners(batch))
         with self._lock:
-            self._free = self._scheduler.free_rows(self._scheduler.ending())
+            self._free = self._scheduler.free_rows(self._ending())
         stats, failed = self._step(batch)
+        busy = self._scheduler.busy_slots
         over += failed + self._collect()
+        self._waits |= bool(stats and stats.waiting)
+        self._ended_last = busy - self._scheduler.busy_slots
         ended = self._clock()
         news = self._reporter.due(self.ticks, ended * 1000)
         if batch or plan.admissions:
@@ -143,6 +147,11 @@ class Engine:
         self._had_work_until = None if self._idle and not self.pressed else ended
         self._ended, self._began = ended, None
         return Tick(over, news)
+
+    def _ending(self) -> int:
+        """Rows that end with this tick; of a task whose rows wait for each other, as many as with the last."""
+        ending = self._scheduler.ending()
+        return min(ending, self._ended_last) if self._waits else ending
 
     def _measure(self, started: float, ended: float, cost: float, stats: StepStats | None, plan: Plan) -> None:
         """Time since the last tick counts while there was work; under pressure, also while the pool was refilled."""
@@ -321,5 +330,5 @@ def _id(job: JobRun) -> str:
 
 
 def _admission_stats(plan: Plan) -> StepStats:
-    """A tick that only admitted worked on the rows it admitted: one-call methods never step."""
+    """A tick that only admitted worked on the rows it admitted."""
     return StepStats(rows=sum(len(admission.slots) for admission in plan.admissions))

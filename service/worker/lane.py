@@ -23,7 +23,8 @@ from service.worker.results import told
 
 WAIT_MS = 1000
 STEP_BACK_S = 0.03
-LEAD_S = 0.004  # a take, and what else the machine has to do
+LEAD_S = 0.004  # at least; a take, and what else the machine has to do
+LEAD_TAKES = 2.0
 RECLAIM_S = 1.0
 log = logging.getLogger(__name__)
 
@@ -39,15 +40,9 @@ class Held:
     down: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-def hold_s(engine: Engine) -> float:
-    """How long what was queued while a tick runs may lie: nothing enters before the next one, which gets it all in one
-    take; 0 while the engine rests."""
-    return max(0.0, engine.until_next_s() - LEAD_S)
-
-
 def step_back_s(engine: Engine) -> float:
     """How long one of several workers waits before it takes: an entry wakes them all, and those with fewer rows in hand
-    come first. Less than half a tick, and nothing enters before the next one."""
+    come first. Less than half a tick."""
     rows = engine.capacity - engine.free_rows()
     return min(STEP_BACK_S, engine.rate.pace().ms_per_tick / 2000 * rows / (rows + 4))
 
@@ -68,7 +63,7 @@ class Lane:
     ) -> None:
         self.engine, self.model = engine, engine.name
         self.hand: dict[str, Held] = {}
-        self.room = asyncio.Event()
+        self.room, self.tick_over = asyncio.Event(), asyncio.Event()
         self.draining = asyncio.Event()
         self.ready, self.stalled = False, False
         self._broker, self._worker, self._settings, self._metrics = broker, worker, settings, metrics
@@ -77,7 +72,7 @@ class Lane:
         self._put_down_one = asyncio.Event()
         self._ticks_seen, self._was_busy = -1, False
         self._free_seen, self._alone_in_hand = 0, False
-        self._reclaim_at = 0.0
+        self._reclaim_at, self._take_s = 0.0, 0.0
         self._answering = Answering(self.model, broker, worker, settings, metrics)
 
     def drain(self) -> None:
@@ -89,6 +84,7 @@ class Lane:
     def ticked(self) -> None:
         """The engine made a tick, so it is not stalled: look for work again if that made room, or the next one will."""
         self.stalled = False
+        self.tick_over.set()
         self._look_for_room()
         self._look_again()
 
@@ -98,8 +94,13 @@ class Lane:
 
     def _look_again(self) -> None:
         """Shortly before the next tick ends: what is taken then for rows that end with it follows on at once."""
-        if (pause_s := hold_s(self.engine)) > 0:
+        if (pause_s := self._hold_s()) > 0:
             asyncio.get_running_loop().call_later(pause_s, self._look_for_room)
+
+    def _hold_s(self) -> float:
+        """How long what was queued while a tick runs may lie: nothing enters before the next one, which gets it all in
+        one take; 0 while the engine rests."""
+        return max(0.0, self.engine.until_next_s() - max(LEAD_S, LEAD_TAKES * self._take_s))
 
     def abandon(self) -> None:
         """Leave what is in hand to redelivery."""
@@ -113,7 +114,7 @@ class Lane:
             await self._put_down_one.wait()
 
     async def take(self) -> None:
-        """Take exactly as many rows as there are free slots, until drained."""
+        """Take exactly as many rows as there are slots free, or about to be, until drained."""
         backoff = Backoff(f"taking {self.model} jobs")
         while wanted() and not self.draining.is_set():
             self.room.clear()
@@ -145,6 +146,7 @@ class Lane:
             settings.result_ttl_s,
             reclaim,
         )
+        self._take_s = time.monotonic() - now
         if reclaim and free and not taken.lapsed:
             self._reclaim_at = now + RECLAIM_S
         self._free_seen = max(0, free - sum(delivery.job.work.rows for delivery in taken.deliveries))
@@ -162,14 +164,18 @@ class Lane:
         else:
             await self._broker.wait(self.model, taken.cursors, WAIT_MS)
             back_s = step_back_s(self.engine) if taken.workers > 1 else 0.0
-            if (pause_s := max(hold_s(self.engine), back_s)) > 0:
-                await self._for_room(pause_s)
+            if (pause_s := max(self._hold_s(), back_s)) > 0:
+                self.tick_over.clear()
+                await self._for(self.tick_over, pause_s)
 
-    async def _for_room(self, seconds: float = WAIT_MS / 1000) -> None:
-        """Wait for room or the drain, so many seconds at most."""
+    async def _for_room(self) -> None:
+        """Wait for room or the drain, a second at most."""
+        await self._for(self.room, WAIT_MS / 1000)
+
+    async def _for(self, event: asyncio.Event, seconds: float) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self.room.wait()
+                await event.wait()
 
     async def _open(self) -> None:
         """Before the first take and after an outage: a fit server, a group, and our leases renewed before we look."""
@@ -203,7 +209,10 @@ class Lane:
             self._look_again()
 
     async def _alone(self, held: Held) -> None:
-        """Run a job that may have killed its workers, with nothing else in this process."""
+        """Run a job that may have killed its workers, with nothing else in this process, once the answers are stored of
+        all that this lane had."""
+        for other in [other for other in self.hand.values() if other is not held]:
+            await other.down.wait()
         async with self._quarantine.held(self):
             self._offer([held])
             await held.down.wait()

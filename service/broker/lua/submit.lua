@@ -1,12 +1,13 @@
 -- Accept a job, or say why not. A job that is there already is not queued again but waited for: clients retry when a
 -- connection breaks before the answer.
--- ARGV id payload rows cost deadline_budget_ms max_backlog rank owner max_owed reply_to events webhook alive_ms
+-- ARGV id payload rows cost deadline_budget_ms max_backlog rank owner max_owed reply_to events webhook alive_ms refused
 -- Returns {verdict, handle, cost waiting ahead, cost per second}; verdict accepted, attached, full, owed, late, idle.
 local SPENT = 0.7  -- share of its budget that a job may have to wait; the rest is for its own run, and for noise
-local id, payload, rows, cost, budget, most, rank, owner, max_owed, reply, events, webhook, alive = unpack(ARGV)
+local id, payload, rows, cost, budget, most, rank, owner, max_owed, reply, events, webhook, alive, refused = unpack(ARGV)
 local job = P .. 'job:' .. id
 cost, budget, max_owed = tonumber(cost), tonumber(budget), tonumber(max_owed)
 
+if tonumber(refused) > 0 then redis.call('HINCRBY', P .. 'turns', 'asked', refused) end
 local known = redis.call('HMGET', job, 'entry', 'reply')
 if known[1] then
   if reply ~= '' and not string.find(' ' .. known[2] .. ' ', ' ' .. reply .. ' ', 1, true) then

@@ -7,7 +7,7 @@ import time
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.gateway.admission import refuse_hopeless, run_job
+from service.gateway.admission import run_job
 from service.gateway.answers import JSON, answer, body_of
 from service.gateway.asking import asking
 from service.gateway.bodies import classify_input
@@ -44,7 +44,6 @@ async def classify(request: Request) -> Response:
     choose(request.headers.get("accept"), (JSON,))
     info = pick_model(await gateway.catalogue.infos(), params.model, "classify")
     request.state.model = info.name
-    refuse_hopeless(gateway, info, params, asked)
     work = classify_work(params, info, await decoded(encoded, info.image, gateway.settings.max_pixels))
     result = await run_job(gateway, info, params, work, asked)
     if isinstance(result, str):

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from models.api import GenerateParams, ImageFormat
-from service.gateway.admission import refuse_hopeless, run_job
+from service.gateway.admission import run_job
 from service.gateway.answers import JSON, PICTURES, answer, body_of, offers, picture
 from service.gateway.asking import asking
 from service.gateway.bodies import generate_params
@@ -40,7 +40,6 @@ async def generate(request: Request) -> Response:
     media = choose(request.headers.get("accept"), offers(params.format))
     info = pick_model(await gateway.catalogue.infos(), params.model, "generate")
     request.state.model = info.name
-    refuse_hopeless(gateway, info, params, asked)
     work = generate_work(params, info, _worker_format(params, media))
     result = await run_job(gateway, info, params, work, asked)
     if isinstance(result, str):

@@ -105,6 +105,36 @@ async def test_more_callers_than_connections_take_turns(broker, model):
     assert (await broker.queue_stats(model)).backlog == 300
 
 
+async def test_jobs_that_are_submitted_together_have_their_own_verdicts_and_what_is_left_of_their_time(
+    broker, model, server_url
+):
+    """The server hangs while they wait for the first of them."""
+    first = await put(broker, model)
+    async with Redis.from_url(server_url) as redis:
+        await redis.client_pause(400, all=True)
+        jobs = [job(model, cost=cost) for cost in (10, 1000, 10, 10)]
+        others = [asyncio.create_task(broker.submit(jobs[0], Terms(1, 5000, 35)))]
+        await asyncio.sleep(0.02)
+        others += [asyncio.create_task(broker.submit(made, Terms(1, 5000, 35))) for made in jobs[1:]]
+        await asyncio.gather(*others, return_exceptions=True)
+        verdicts = [task.exception() for task in others]
+        assert [isinstance(verdict, QueueFull) for verdict in verdicts] == [False, True, False, True]
+        submitted = [await redis.hmget(keys.job(model, jobs[n].id), "submitted_ms", "deadline_ms") for n in (0, 2)]
+    left_first, left_third = (int(deadline) - int(since) for since, deadline in submitted)
+    assert left_third <= 5000 - 300, "it waited for the first one's round trip"
+    assert left_third < left_first
+    taken = [delivery.job for delivery in (await broker.take(model, "w", 4, 4, LONG)).deliveries]
+    assert taken == [first, jobs[0], jobs[2]]
+
+
+async def test_scripts_that_the_server_forgot_are_sent_again_for_all(broker, model, server_url):
+    await put(broker, model)
+    async with Redis.from_url(server_url) as redis:
+        await redis.script_flush()
+    await asyncio.gather(*(put(broker, model) for _ in range(5)))
+    assert (await broker.queue_stats(model)).ledger == {"accepted": 6}
+
+
 async def test_a_full_server_is_unavailable(broker, model, server_url):
     async with Redis.from_url(server_url) as redis:
         await redis.config_set("maxmemory", "1")

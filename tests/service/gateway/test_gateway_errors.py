@@ -13,6 +13,10 @@ from redis.asyncio import Redis
 
 from service.broker import keys
 from service.broker.redis_streams import Broker
+from service.config import Settings
+from service.gateway.app import create_app
+from service.gateway.middleware import Direct
+from service.gateway.routes import classify, generate
 from service.protocol import Delivery, Failure, Result
 from tests.service.gateway.serving import Worker, b64, client, echo, expired, failing, png, silent
 from tests.service.gateway.test_gateway_imaging import png_bomb
@@ -156,6 +160,14 @@ async def test_a_body_over_the_limit_is_refused_with_or_without_its_length(http:
     problem(await http.post("/classify", files={"file": b" " * 100_001}), 413, "too_large")
     exact = json.dumps({"seed": 1}).encode().ljust(100_000)
     assert (await http.post("/generate", content=exact, headers=headers)).status_code == 200
+
+
+def test_routes_that_are_answered_directly_are_the_ones_that_are_documented() -> None:
+    app = create_app(Settings(redis_url="redis://127.0.0.1:1"))
+    [direct] = [middleware.kwargs["handlers"] for middleware in app.user_middleware if middleware.cls is Direct]
+    routes = [route for module in (generate, classify) for route in module.router.routes]
+    assert {route.path: route.endpoint for route in routes} == direct
+    assert all(route.methods == {"POST"} and not route.dependencies for route in routes)
 
 
 async def test_unacceptable_unknown_page_and_wrong_verb(http: httpx.AsyncClient) -> None:

@@ -7,6 +7,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from service.errors import NotAnImage, TooLarge
@@ -82,13 +83,29 @@ def test_sixteen_bit_grey_keeps_its_upper_bits() -> None:
     np.testing.assert_array_equal(pixels(encoded(Image.fromarray(wide)))[..., 0], wide >> 8)
 
 
-def test_exif_orientation_is_honoured() -> None:
+def upside_down(kind: str) -> tuple[bytes, NDArray[np.uint8]]:
+    """A picture that says it is turned by 180 degrees, and how it should look."""
     left = np.zeros((28, 28), np.uint8)
     left[:, :14] = 200
     exif = Image.Exif()
-    exif[0x0112] = 3  # turned by 180 degrees
-    turned = pixels(encoded(Image.fromarray(left), "PNG", exif=exif))[..., 0]
-    np.testing.assert_array_equal(turned, left[::-1, ::-1])
+    exif[0x0112] = 3
+    return encoded(Image.fromarray(left), kind, exif=exif), left[::-1, ::-1]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_exif_orientation_is_honoured(kind: str) -> None:
+    data, wanted = upside_down(kind)
+    np.testing.assert_allclose(pixels(data)[..., 0], wanted, atol=0 if kind == "PNG" else 12)
+
+
+def test_a_png_may_tell_its_orientation_after_its_pixels() -> None:
+    data, wanted = upside_down("PNG")
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    last = data.index(b"IEND") - 4
+    assert start < data.index(b"IDAT")
+    moved = data[:start] + data[end:last] + data[start:end] + data[last:]
+    np.testing.assert_array_equal(pixels(moved)[..., 0], wanted)
 
 
 @pytest.mark.parametrize(("width", "height"), [(56, 56), (14, 14), (280, 28), (28, 280), (3000, 1), (1, 1)])
