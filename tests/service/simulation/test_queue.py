@@ -55,7 +55,7 @@ class Pair:
         self.number += 1
         said = self.run(
             *("submit", self.number, b"payload", rows, cost, budget_ms, MOST),
-            *(rank, "", 0, "", "", "", ALIVE_MS),
+            *(rank, "", 0, "", "", "", ALIVE_MS, 0),
         )
         assert said[0].decode() == self.queue.submit(entry(self.number, rows, cost, budget_ms, rank))
 
