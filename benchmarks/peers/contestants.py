@@ -48,10 +48,10 @@ DRILL = {"kind": "drill", "image": [28, 28, 1], "labels": [str(k) for k in range
 class Tuning:
     """How requests are batched for a work: the peers' most requests and longest wait, and Offramp's slots.
 
-    Slots are the batch where a row has one tick; a step of `sleep` with more rows than the batch takes as many times as
-    long. `generate` and `mixed`: two guided pictures saturate a core (card
-    of fashion-dit: a call on four network rows takes 2.9 ms a row, one on 32 rows 2.8), and more in a batch only wait
-    for each other, whoever batches them.
+    Slots are the batch where a row has one tick (a step of `sleep` with more rows takes as many times as long), and
+    twice that where rows are at several networks. `generate` and `mixed`: two guided pictures saturate a core (card of
+    fashion-dit: a call on four network rows takes 2.9 ms a row, one on 32 rows 2.8), and more in a batch only wait for
+    each other, whoever batches them.
     """
 
     batch: int
@@ -64,7 +64,7 @@ TUNING = {
     "sleep": Tuning(16, 5, 16),
     "generate": Tuning(2, 2, 4),
     "mixed": Tuning(2, 2, 4),
-    "classify": Tuning(16, 5, 16),
+    "classify": Tuning(16, 5, 32),
 }
 
 

@@ -38,8 +38,8 @@ def classify_images(task: ClassifyTask, method: str, images: Images) -> list[Cla
         slots = list(range(len(part)))
         left = dict(zip(slots, task.admit(work, slots, slots), strict=True))
         while moving := [slot for slot, calls in left.items() if calls]:
-            finished = task.step(moving).finished
-            left |= {slot: 0 if slot in finished else left[slot] - 1 for slot in moving}
+            stats = task.step(moving)
+            left |= {slot: 0 if slot in stats.finished else left[slot] - (slot not in stats.waiting) for slot in moving}
         rows += task.collect(slots)
     return rows
 

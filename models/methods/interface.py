@@ -106,7 +106,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Plan:
-    """The source's forward, where `source`, in the tick of the first of `calls`, which are one a tick."""
+    """The source's forward, where `source`, in the tick of the first of `calls`, which are one a tick at most."""
 
     calls: tuple[Call, ...] = ()
     source: bool = True

@@ -1,8 +1,10 @@
 """/classify: rows of every method over one pool of slots.
 
-A tick runs the source on all new rows at once (tap, features and logits, shared by every method), then makes one
-network call for every row that has one to come. Purified rows (`PurifyStage`) make their denoiser's calls
-first; then, in one tick, their method runs on all draws of an image, in cells of the pool beyond its slots.
+A tick runs one network on all rows whose turn it is, whatever their methods: the one that most of them wait for, and
+before it the source (tap, features and logits, shared by every method) on those of them that are new. So rows gather
+instead of going through the networks few at a time; none waits for company longer than `PATIENCE` ticks. Purified rows
+(`PurifyStage`) make their denoiser's calls first; then, in one tick, their method runs on all draws of an image, in
+cells of the pool beyond its slots.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from models.tasks.purifying import PurifyStage, check_purify, load_purifier, mea
 from models.uncertainty.conformal import uniforms
 from models.uncertainty.contract import decision_rule, set_rule
 from models.uncertainty.router import Terms
+
+PATIENCE = 8
 
 
 class ClassifyTask:
@@ -69,7 +73,7 @@ class ClassifyTask:
         self.method, self.terms = [""] * cells, [Terms()] * cells
         self.alpha, self.draw = np.full(capacity, np.nan), np.zeros(capacity)
         self.done, self.urgent = np.zeros(cells, np.int64), np.zeros(cells, bool)
-        self.fresh = np.zeros(cells, bool)
+        self.fresh, self.waited = np.zeros(cells, bool), np.zeros(cells, np.int64)
 
     @torch.inference_mode()
     def admit(self, work: ClassifyWork, indices: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
@@ -93,7 +97,7 @@ class ClassifyTask:
         self.draw[list(slots)] = uniforms(work.images[i] for i in indices)
         for slot in slots:
             self.method[slot], self.terms[slot] = work.method, terms
-        self.fresh[list(slots)] = plan.source and work.purify is None
+        self.fresh[list(slots)], self.waited[list(slots)] = plan.source and work.purify is None, 0
         self.stage.forget(slots)
         if work.purify is not None:
             pixels = self.pixels[torch.as_tensor(slots, device=self.device)]
@@ -111,17 +115,31 @@ class ClassifyTask:
 
     @torch.inference_mode()
     def step(self, slots: Sequence[int]) -> StepStats:
-        """One network call for every row, the source's before it for new ones; rows whose calls are of one network
-        share it. Purified rows may wait."""
+        """One network call for the rows that share it; others wait, and so do purified rows at times."""
         purified = [slot for slot in slots if slot in self.stage.images]
-        moved, others = self.stage.choose(purified), [slot for slot in slots if slot not in self.stage.images]
+        moved, due = self.stage.choose(purified), self._due([slot for slot in slots if slot not in self.stage.images])
         states, clean = self.stage.denoise(moved), self.stage.finish(moved)
         answers = {slot: self._classify_draws(self.method[slot], pixels) for slot, pixels in clean.items()}
-        with self._unmoved(others):
-            over = self._step(others)
+        with self._unmoved(due):
+            over = self._step(due)
         self.stage.keep(states, answers)
-        waiting = frozenset(purified) - frozenset(moved)
+        waiting = frozenset(slots) - frozenset(moved) - frozenset(due)
+        self.waited[list(waiting)] += 1
         return StepStats(rows=len(slots) - len(waiting), waiting=waiting, finished=frozenset(over))
+
+    def _next(self, slot: int) -> Call | None:
+        """A row's next call; None for the source alone."""
+        calls = self.plans[self.method[slot]].calls
+        return calls[self.done[slot]] if calls else None
+
+    def _due(self, slots: Sequence[int]) -> list[int]:
+        """Rows of the network that most of them wait for, or of one that a row has waited for too long."""
+        groups: dict[str, list[int]] = {}
+        for slot in slots:
+            call = self._next(slot)
+            groups.setdefault(call.network if call else SOURCE, []).append(slot)
+        late = [own for own in groups.values() if self.waited[own].max() >= PATIENCE]
+        return max(late or groups.values(), key=len, default=[])
 
     @contextmanager
     def _unmoved(self, slots: Sequence[int]) -> Iterator[None]:
@@ -134,20 +152,15 @@ class ClassifyTask:
             self.z[rows], self.done[at], self.urgent[at], self.fresh[at] = before
             raise
 
-    def _step(self, slots: Sequence[int]) -> list[int]:
-        """The next call of rows that are not purified; those that need no more are returned."""
+    def _step(self, slots: list[int]) -> list[int]:
+        """The next call, of one network, of rows that are not purified; those that need no more are returned."""
+        self.waited[slots] = 0
         if fresh := [slot for slot in slots if self.fresh[slot]]:
             self._source(fresh)
             self.fresh[fresh] = False
-        due: dict[str, list[tuple[int, Call]]] = {}
-        for slot in slots:
-            if plan := self.plans[self.method[slot]].calls:
-                call = plan[self.done[slot]]
-                due.setdefault(call.network, []).append((slot, call))
-        for pairs in due.values():
-            rows, calls = zip(*pairs, strict=True)
-            calls[0].run(self, torch.as_tensor(rows, device=self.device), calls)
-        self.done[list(slots)] += 1
+        if calls := [call for slot in slots if (call := self._next(slot))]:
+            calls[0].run(self, torch.as_tensor(slots, device=self.device), calls)
+        self.done[slots] += 1
         over: list[int] = []
         for name, own in self._by_method(slots).items():
             over += self.methods[name].finished(self, own).tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from service.worker.splitting import Splitter, merged
 
 __all__ = ["Engine", "Finished", "Progress", "Tick"]
 REFILL_S = 0.05
+LATELY = 32  # ticks
 log = logging.getLogger(__name__)
 
 
@@ -68,7 +70,7 @@ class Engine:
         self._had_work_until: float | None = None
         self._ended = clock()
         self._began: float | None = None
-        self._waits, self._ended_last = False, 0
+        self._waits, self._ended_rows = False, deque[int](maxlen=LATELY)
         self._rested = True
         self.pressed = False
         self._publish()
@@ -133,7 +135,7 @@ class Engine:
         busy = self._scheduler.busy_slots
         over += failed + self._collect()
         self._waits |= bool(stats and stats.waiting)
-        self._ended_last = busy - self._scheduler.busy_slots
+        self._ended_rows.append(busy - self._scheduler.busy_slots)
         ended = self._clock()
         news = self._reporter.due(self.ticks, ended * 1000)
         if batch or plan.admissions:
@@ -149,9 +151,9 @@ class Engine:
         return Tick(over, news)
 
     def _ending(self) -> int:
-        """Rows that end with this tick; of a task whose rows wait for each other, as many as with the last."""
+        """Rows that end with this tick; of a task whose rows wait for each other, at most as many as with one lately."""
         ending = self._scheduler.ending()
-        return min(ending, self._ended_last) if self._waits else ending
+        return min(ending, max(self._ended_rows, default=0)) if self._waits else ending
 
     def _measure(self, started: float, ended: float, cost: float, stats: StepStats | None, plan: Plan) -> None:
         """Time since the last tick counts while there was work; under pressure, also while the pool was refilled."""

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from models.evaluation.served import run as run_split
 from models.registry import METHODS
 from models.store import StoreError, read_config, read_json, write_json
 from models.tasks.classifier import load_classifier
-from models.tasks.classify import load
+from models.tasks.classify import PATIENCE, load
 from models.tasks.contracts import write_calibration
 from models.tasks.parts import parts
 from models.training.data import Split
@@ -85,20 +86,39 @@ def test_a_flood_of_all_methods_answers_as_alone(task):
     method_contract.check_flood(task, random.Random(0), list(METHODS))
 
 
-def test_calls_of_one_network_share_a_batch_whatever_their_methods(task):
+@contextmanager
+def seen_by(task):
+    """(network, rows) of every call."""
     seen, networks = [], task.networks
     task.networks = {n: lambda *given, n=n: seen.append((n, len(given[0]))) or networks[n](*given) for n in networks}
     try:
-        for slot, method in enumerate(["bridge", "bridge_network", "cascade", "ensemble", "exits"]):
-            task.admit(work(method, IMAGES[slot]), [0], [slot])
-        task.step([1])
-        task.step([1])
-        seen.clear()
-        task.step([0, 1, 2, 3, 4])
+        yield seen
     finally:
         task.networks = networks
-    assert seen[0] == ("source", 2)
-    assert sorted(seen) == [("bridge-plain", 2), ("exit-1", 2), ("member-2", 1), ("source", 2)]
+
+
+def test_calls_of_one_network_share_a_batch_whatever_their_methods_and_others_wait(task):
+    for slot, method in enumerate(["bridge", "bridge_network", "cascade", "ensemble", "exits"]):
+        task.admit(work(method, IMAGES[slot]), [0], [slot])
+    task.step([1])
+    task.step([1])
+    with seen_by(task) as seen:
+        first = task.step([0, 1, 2, 3, 4])
+        second = task.step([2, 3, 4])
+        third = task.step([3])
+    assert seen == [("source", 1), ("bridge-plain", 2), ("exit-1", 2), ("source", 1), ("member-2", 1)]
+    assert [stats.waiting for stats in (first, second, third)] == [{2, 3, 4}, {3}, set()]
+    assert [stats.rows for stats in (first, second, third)] == [2, 2, 1]
+
+
+def test_no_row_waits_for_company_for_ever(task):
+    task.admit(work("ensemble", IMAGES[0]), [0], [0])
+    waited = []
+    for _ in range(PATIENCE + 1):
+        for slot in (1, 2):
+            task.admit(work("bridge", IMAGES[slot]), [0], [slot])
+        waited.append(0 in task.step([0, 1, 2]).waiting)
+    assert waited == [True] * PATIENCE + [False]
 
 
 def test_the_task_answers_what_the_evaluation_computes(task, folder):

@@ -230,6 +230,14 @@ def test_slots_of_rows_that_end_with_the_running_tick_may_be_taken(monkeypatch: 
     assert engine.idle()
 
 
+def test_rows_that_wait_for_each_other_are_not_all_counted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = ToyGenerate(capacity=4, at_once=1)
+    engine, step, seen = make(task), task.step, []
+    monkeypatch.setattr(task, "step", lambda slots: seen.append(engine.free_rows()) or step(slots))
+    run(engine, draw(rows=4, steps=1))
+    assert seen[1:] == [2, 3, 4], "one slot more with every tick"
+
+
 def test_the_next_tick_is_foreseen_from_the_last_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, task = Clock(), ToyGenerate(capacity=1)
     engine, step, seen = make(task, clock), task.step, []
