@@ -151,7 +151,7 @@ class Engine:
         return Tick(over, news)
 
     def _ending(self) -> int:
-        """Rows that end with this tick; of a task whose rows wait for each other, at most as many as with one lately."""
+        """Rows that end with this tick; of a task whose rows wait for each other, at most as many as did lately."""
         ending = self._scheduler.ending()
         return min(ending, max(self._ended_rows, default=0)) if self._waits else ending
 
