@@ -22,7 +22,8 @@ from service.broker import keys
 from service.broker.connection import BLOCK_MS, reachable
 from service.broker.hooks import Hooks
 from service.broker.jobs import Wake
-from service.broker.store import ALIVE_MS, Call, as_bytes
+from service.broker.store import ALIVE_MS, as_bytes
+from service.broker.submission import Submission
 from service.broker.together import Together
 from service.errors import DeadlineExceeded, JobFailed, NoWorker, OfframpError, QueueFull, QuotaExceeded
 from service.protocol import Delivery, Failure, Job, Outcome, Result, Terms, decode, decode_info, decode_job, encode
@@ -32,25 +33,6 @@ UNREADABLE_TTL_S = 600
 START = ("0-0", "0-0", "0-0")
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Submission:
-    """A job on its way to the queue: its terms as of `since` (time.monotonic()), its wire form."""
-
-    job: Job
-    payload: bytes
-    terms: Terms
-    since: float
-
-    def call(self, now: float) -> Call:
-        """What submit.lua gets; the time since then is off the budget."""
-        job, t = self.job, self.terms
-        left_ms = max(1, t.deadline_ms - round((now - self.since) * 1000))
-        return job.work.model, (
-            *(job.id, self.payload, t.rows, job.cost, left_ms, t.max_backlog, t.priority, t.owner, t.max_owed),
-            *(t.reply_to, "1" if t.events else "", t.webhook, ALIVE_MS if t.need_worker else 0, t.refused),
-        )
 
 
 @dataclass(frozen=True)
