@@ -66,6 +66,7 @@ TUNING = {
     "mixed": Tuning(2, 2, 4),
     "classify": Tuning(16, 5, 32),
 }
+WAITS: dict[tuple[str, str], float] = {}
 
 
 def tiles() -> list[bytes]:
@@ -301,9 +302,11 @@ def variants(name: str, work: str) -> tuple[str, ...]:
     return VARIANTS.get(work, ("",)) if name == "offramp" else ("",)
 
 
-def contestant(name: str, work: str, folder: Path, batch: int = 0) -> Contestant:
-    """A contestant by name; `batch` other than 0 replaces the peers' most requests."""
-    tuning = replace(TUNING[work], batch=batch or TUNING[work].batch)
+def contestant(name: str, work: str, folder: Path, batch: int = 0, wait_ms: float | None = None) -> Contestant:
+    """A contestant by name; `batch` other than 0 and `wait_ms` replace a peer's most requests and longest wait."""
+    tuned = TUNING[work]
+    own = WAITS.get((name, work), tuned.wait_ms) if wait_ms is None else wait_ms
+    tuning = replace(tuned, batch=batch or tuned.batch, wait_ms=own)
     if name == "offramp":
         return Offramp(work, tuning)
     path, *shape = HOW[name]
