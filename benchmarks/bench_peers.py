@@ -13,14 +13,15 @@ Work: `noop`; `sleep`, 20 ms a batch of at most 16; `generate`, fashion-dit at 2
 50; `classify`, one picture, the ensemble of five in the peers, `ensemble`, `bridge` and `cascade` here. Every
 contestant has one worker process of one torch thread, and all of its processes on all cores but the last, which is the
 client's. Everybody's answers are checked before they are timed. A peer batches requests, at most as many and waiting as
-long as `TUNING` in peers/contestants.py says, at full depth; the docstrings in peers/apps give its settings and their
-sources.
+long as `TUNING` and `WAITS` in peers/contestants.py say, at full depth; the docstrings in peers/apps give its settings
+and their sources.
 
 Closed loop at 1, 32 and 128 connections; from that capacity (the best of 32 and 128) and the deadline (three times the
 median latency at one connection of the slowest contestant, the same for all; Offramp is told it in `deadline_ms`, a
 peer in the timeout that it has). Open loop with Poisson arrivals at 50, 80 and 120 % of the best peer's capacity, and
-at 90 % of the contestant's own. Then half of its own capacity while the worker process gets SIGKILL: nobody retries.
-Runs in which strangers used more than 0.1 core are run again. The last line is JSON.
+at 90 % of the contestant's own; at 60 % of its own too where that is less than half of the best peer's. Then half of
+its own capacity while the worker process gets SIGKILL: nobody retries. Runs in which strangers used more than 0.1 core
+are run again. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def plan_of(chosen: argparse.Namespace) -> Plan:
         if not chosen.only:  # what fits into three minutes
             works = ["sleep", "classify", "mixed"] if len(there) < 4 else ["sleep"]
         plan = replace(
-            plan, works=works, contestants=there, repeats=1, connections=(1, 16), loads=(0.8,), own=0.0, seconds=2.0,
+            plan, works=works, contestants=there, repeats=1, connections=(1, 16), loads=(0.8,), own=(), seconds=2.0,
             warmup_s=1.0, slow=2.0, kills=1, killed=("sleep",), kill_s=(1.0, 3.0), tries=1, budget_s=140.0,
         )  # fmt: skip
     said = {name: getattr(chosen, name) for name in ("repeats", "seconds", "foreign", "batch", "budget_s", "kills")}

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.bench_queue import load
 from benchmarks.peers import accounting
-from benchmarks.peers.cells import Cells, capacities, deadline_ms
+from benchmarks.peers.cells import OWN, Cells, capacities, deadline_ms
 from benchmarks.peers.check import wrong
 from benchmarks.peers.contestants import CLIENT, PATIENT_S, Contestant, contestant, variants
 from benchmarks.peers.figures import OK, kill_figures, load_figures, window
@@ -33,7 +33,8 @@ class Plan:
 
     Attributes:
         connections: of the closed loops.
-        loads: of the open loops, in capacities of the best peer; `own` another one, in the contestant's own.
+        loads: of the open loops, in capacities of the best peer; `own` more of them, in the contestant's own: the
+            greatest always, the others where they are below all of `loads`, for those that cannot do so much.
         seconds: measured, of a fast work; `warmup_s` goes before. `slow`: times as long for slow works.
         closed: works without an open loop.
         kills: repeats of the kill, for the works in `killed`; `kill_s`: when it comes, and when requests end.
@@ -48,7 +49,7 @@ class Plan:
     repeats: int = 5
     connections: Sequence[int] = (1, 32, 128)
     loads: Sequence[float] = (0.5, 0.8, 1.2)
-    own: float = 0.9
+    own: Sequence[float] = (0.6, 0.9)
     seconds: float = 4.0
     slow: float = 1.5
     warmup_s: float = 1.0
@@ -90,7 +91,14 @@ class Campaign:
                 self.round(work, "kill", repeat, {"0.5": 0.5}, PATIENT_S)
 
     def rates(self) -> dict[str, float]:
-        return {f"{x:g}": x for x in self.plan.loads} | ({"own": self.plan.own} if self.plan.own else {})
+        return {f"{x:g}": x for x in self.plan.loads} | {f"{OWN}{x:g}": x for x in self.plan.own}
+
+    def due(self, work: str, name: str, load: str) -> bool:
+        """Whether a load is one for this contestant."""
+        if not load.startswith(OWN) or (share := self.rates()[load]) == max(self.plan.own):
+            return True
+        best, able = capacities(self.cells, work)
+        return share * able.get(name, 0.0) < min(self.plan.loads) * best
 
     def order(self, repeat: int) -> list[str]:
         """Contestants, turned by one with every repeat, and reversed in every other one."""
@@ -119,7 +127,12 @@ class Campaign:
         if any(same(c, work=work, kind="skip", contestant=name) for c in self.cells):
             return
         asked = variants(name, work)[: 1 if kind == "kill" else None]
-        due = [(variant, at) for variant in asked for at in loads if (called(name, variant), at) not in there]
+        due = [
+            (variant, at)
+            for variant in asked
+            for at in loads
+            if (called(name, variant), at) not in there and self.due(work, called(name, variant), at)
+        ]
         if not due:
             return
         who = self.started(work, name, timeout_s)
@@ -209,7 +222,7 @@ class Campaign:
 
     def open(self, who: Contestant, variant: str, where: Cell, share: float, deadline_s: float) -> Cell | None:
         best, able = capacities(self.cells, where["work"])
-        capacity = able.get(where["contestant"], 0.0) if where["load"] == "own" else best
+        capacity = able.get(where["contestant"], 0.0) if where["load"].startswith(OWN) else best
         if not capacity:
             return None
         start, seconds = self.plan.warmup_s, self.length(where["work"])

@@ -17,6 +17,7 @@ from benchmarks.peers.quality import worse
 Cells = list[dict[str, Any]]
 WORKS = ("noop", "sleep", "generate", "mixed", "classify")
 DIGITS = 4
+OWN = "own "  # before a load in a contestant's own capacities
 FIELD = 3  # fewer peers than that have no best
 BARS = (
     ("sleep", "offramp", "mosec", 0.95),
@@ -92,9 +93,9 @@ def contestants(cells: Cells, work: str) -> list[str]:
 
 
 def loads(cells: Cells, work: str, kind: str) -> list[str]:
-    """Loads of a kind of cells, the least first, `own` last."""
+    """Loads of a kind of cells, the least first, those in own capacities last."""
     found = {cell["load"] for cell in every(cells, work=work, kind=kind)}
-    return sorted(found, key=lambda load: (load == "own", load == "own" or float(load)))
+    return sorted(found, key=lambda load: (load.startswith(OWN), float(load.removeprefix(OWN))))
 
 
 def busy(cells: Cells, work: str) -> str:

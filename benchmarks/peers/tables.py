@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from benchmarks.peers.cells import (
+    OWN,
     WORKS,
     Cells,
     bars,
@@ -95,7 +96,7 @@ def closed_table(cells: Cells, work: str) -> str:
 
 def share_of(load: str) -> str:
     """A load of the open loop in words."""
-    return "90 % of its own" if load == "own" else f"{100 * float(load):.0f} %"
+    return f"{100 * float(load.removeprefix(OWN)):.0f} %{' of its own' if load.startswith(OWN) else ''}"
 
 
 def open_table(cells: Cells, work: str) -> str:

@@ -194,7 +194,7 @@ def test_capacity_is_the_best_peers_and_disturbed_cells_do_not_count() -> None:
 
 def test_a_lost_bar_is_said_as_plainly_as_a_won_one() -> None:
     assert best_goodput(CELLS, "sleep", "mosec") == 800
-    field = [*CELLS, opened("ray", "own", 60), opened("litserve", "1.2", 50), opened("bentoml", "1.2", 40)]
+    field = [*CELLS, opened("ray", "own 0.9", 60), opened("litserve", "1.2", 50), opened("bentoml", "1.2", 40)]
     to_mosec, to_others, *unmeasured = bars(field)
     assert [bar["ratio"] for bar in unmeasured] == [None] * 3
     assert (to_mosec["rival"], to_mosec["ratio"], to_mosec["met"]) == ("mosec", 0.75, False)
@@ -299,6 +299,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped() -> None:
     campaign = Campaign(plan, [*CELLS], say=lambda line: None)
     assert [campaign.order(repeat)[0] for repeat in range(4)] == ["mosec", "mosec", "offramp", "offramp"]
     assert all(sorted(campaign.order(repeat)) == ["mosec", "offramp", "ray"] for repeat in range(4))
+    assert [*campaign.rates()] == ["0.5", "0.8", "1.2", "own 0.6", "own 0.9"]
+    assert [campaign.due("sleep", name, "own 0.6") for name in ("mosec", "offramp", "ray")] == [False, False, True]
+    assert campaign.due("sleep", "mosec", "own 0.9")
     campaign.turn("sleep", "ray", "closed", 0, {"1": 1.0, "32": 32.0}, 60.0)  # nothing to do, nothing is started
     assert len(campaign.cells) == len(CELLS)
     campaign.turn("sleep", "ray", "closed", 1, {"1": 1.0}, 60.0)
