@@ -46,7 +46,7 @@ DRILL = {"kind": "drill", "image": [28, 28, 1], "labels": [str(k) for k in range
 
 @dataclass(frozen=True)
 class Tuning:
-    """How requests are batched for a work: the peers' most requests and longest wait, and Offramp's slots.
+    """How requests are batched for a work: the peers' most requests and longest wait (see `WAITS`), Offramp's slots.
 
     Slots are the batch where a row has one tick (a step of `sleep` with more rows takes as many times as long), and
     twice that where rows are at several networks. `generate` and `mixed`: two guided pictures saturate a core (card of
@@ -66,7 +66,9 @@ TUNING = {
     "mixed": Tuning(2, 2, 4),
     "classify": Tuning(16, 5, 32),
 }
-WAITS: dict[tuple[str, str], float] = {}
+# MLServer and Ray Serve end a batch when its time is up, with too few in it where that is shorter than a batch takes,
+# 20 ms (peers/tune.py; mosec and LitServe do as well with 5 ms as with 20).
+WAITS = {("mlserver", "sleep"): 25.0, ("mlserver", "classify"): 20.0, ("ray", "sleep"): 20.0, ("ray", "classify"): 20.0}
 
 
 def tiles() -> list[bytes]:
