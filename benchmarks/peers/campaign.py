@@ -67,7 +67,10 @@ class Plan:
 
 @dataclass
 class Campaign:
-    """The cells so far, those of an interrupted run among them; `keep` is called with each new one."""
+    """The cells so far, those of an interrupted run among them; `keep` is called with each new one.
+
+    Answers are checked before the first closed loop, where nobody's time is short.
+    """
 
     plan: Plan
     cells: Cells = field(default_factory=list)
@@ -75,7 +78,9 @@ class Campaign:
     say: Callable[[str], None] = print
 
     def __post_init__(self) -> None:
-        self.began, self.checked = time.monotonic(), set[tuple[str, str]]()
+        self.began = time.monotonic()
+        measured = [cell for cell in self.cells if cell["kind"] == "closed"]
+        self.checked = {(cell["work"], cell["contestant"].partition(" ")[0]) for cell in measured}
         self.left: list[str] = []
 
     def run(self) -> None:
