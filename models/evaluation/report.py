@@ -35,12 +35,13 @@ def provenance(threads: int | None = None, device: str = "cpu") -> dict[str, str
 
 
 def commit() -> str:
-    """The commit that runs, marked where files differ from it; unknown outside a repository."""
+    """The commit that runs, marked where files differ from it; outside a repository what GIT_COMMIT says, or unknown."""
+    known = os.environ.get("GIT_COMMIT", "unknown")
     if shutil.which("git") is None:
-        return "unknown"
+        return known
     run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ZOO, capture_output=True, text=True, check=False)
     diff = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ZOO, capture_output=True, check=False)
-    return (run.stdout.strip() or "unknown") + ("-dirty" if diff.returncode == 1 else "")
+    return (run.stdout.strip() or known) + ("-dirty" if diff.returncode == 1 else "")
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -21,14 +21,13 @@ CHECKPOINT = "checkpoint.safetensors"
 class Progress:
     """Where a run stands: steps done, running mean of the loss, seconds spent over all sessions.
 
-    `restarted`: the step from which the optimizer's moments began anew. `done`: nothing is left to do.
+    `restarted`: the step from which the optimizer's moments began anew.
     """
 
     step: int = 0
     loss: float = float("nan")
     seconds: float = 0.0
     restarted: int = 0
-    done: bool = False
 
 
 def save_checkpoint(
@@ -85,15 +84,16 @@ def load_checkpoint(folder: Path, model: nn.Module, ema: nn.Module, optimizer: t
 
 
 def compact(folder: Path, out: Path) -> None:
-    """Copy a checkpoint to where room is dear: float16, without the optimizer, of a finished run the average alone.
+    """Copy a checkpoint to where room is dear: of its weights the average alone, in float16.
 
-    What resumes from it warms up again while its moments build up; the weights have been rounded once.
+    A finished run is all there, rounded as its model is when it is written. One that resumes from it goes on from its
+    average, and warms up again while the moments of the optimizer build up.
     """
     progress, tensors = read_progress(folder / CHECKPOINT), load_file(folder / CHECKPOINT)
-    kept = ("rng", "ema.") if progress.done else ("rng", "ema.", "model.")
-    small = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items() if k.startswith(kept)}
+    kept = {k: v for k, v in tensors.items() if k.startswith(("rng", "ema."))}
+    small = {k: v.half() if v.is_floating_point() else v for k, v in kept.items()}
     out.mkdir(parents=True, exist_ok=True)
-    write(out, small, progress if progress.done else replace(progress, restarted=progress.step))
+    write(out, small, replace(progress, restarted=progress.step))
 
 
 def append_log(folder: Path, **values: object) -> None:

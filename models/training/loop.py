@@ -137,14 +137,14 @@ def train(
     def seconds() -> float:
         return resumed.seconds + time.perf_counter() - began
 
-    def keep(done: bool) -> None:
-        stand = Progress(step, mean.item(), seconds(), resumed.restarted, done)
+    def keep() -> None:
+        stand = Progress(step, mean.item(), seconds(), resumed.restarted)
         save_checkpoint(out, stand, model, average, optimizer)
         append_log(out, label=label, step=step, loss=stand.loss, seconds=stand.seconds)
 
     while not done:
         if session.over:
-            keep(done=False)
+            keep()
             raise Paused(label, step, optim.steps)
         spent = optim.spent(seconds())
         for group in optimizer.param_groups:
@@ -165,7 +165,7 @@ def train(
             left = (time.perf_counter() - began) / (step - resumed.step) * (optim.steps - step)
             progress(label, step, optim.steps, mean.item(), min(left, optim.left(seconds())))
         if step % optim.checkpoint_every == 0 or done:
-            keep(done)
+            keep()
     return Trained(average.eval(), mean.item(), seconds(), step)
 
 
