@@ -2,7 +2,7 @@
 
 Same solver, steps, guidance, labels and noise for every gear. The distance is over features of the judge's
 first member (after global pooling), against all test images; it is never called FID. The floor is the
-distance of as many random training images.
+distance of as many random training images, or of all where there are fewer.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score every gear with `n` images; also the floor with its interval."""
     judge = Judge(judge_folder, splits, device)
-    random = np.random.default_rng(seed).choice(len(splits.train), n, replace=False)
+    random = np.random.default_rng(seed).choice(len(splits.train), min(n, len(splits.train)), replace=False)
     floor = judge.score(splits.train.images[random])
     drawn = draw(folder, n, seed, bf16=bf16, workers=workers, device=device)
     scores = []

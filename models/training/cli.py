@@ -105,7 +105,7 @@ def diffusion(
     minutes: Minutes = None,
     pilot: Annotated[
         float | None,
-        typer.Option(min=0, help="Train NAME-pilot in so many minutes in all, to compare recipes at equal time."),
+        typer.Option(min=0.01, help="Train NAME-pilot in so many minutes in all, to compare recipes at equal time."),
     ] = None,
 ) -> None:
     """Train a diffusion transformer at full depth; it serves with the one gear `full`."""
