@@ -27,7 +27,7 @@ from models.training.checkpoint import CHECKPOINT, compact
 
 REPO = Path(__file__).parents[2]
 PIECE = 15 << 20  # bytes of a file that comes back
-LEAST = 0.5  # minutes that are worth starting a stage
+LEAST = {"train": 0.5, "measure": 5.0}  # minutes that are worth starting a stage: only trainings can pause
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Stage:
     model: str
     recipe: str = ""
     needs: tuple[str, ...] = ()
+
+    @property
+    def least(self) -> float:
+        """Minutes."""
+        return LEAST["train" if self.recipe else "measure"]
 
 
 def training(command: str, recipe: str, model: str, *more: str, needs: tuple[str, ...] = ()) -> Stage:
@@ -131,6 +136,7 @@ def run(name: str, slot: Slot) -> dict[str, Any]:
     print(text, flush=True)
     seconds = round(time.monotonic() - began, 1)
     if ran.returncode:
+        print((slot.out / "train.log").read_text()[-3000:], flush=True)
         return {"stage": name, "finished": False, "error": f"exit code {ran.returncode}", "took": seconds}
     closing: dict[str, Any] = {"finished": True, **json.loads(text.strip().splitlines()[-1])}
     if closing["finished"]:
@@ -232,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in given.stages:
         if slot.done(name).is_file():
             continue
-        if slot.left < LEAST:
+        if slot.left < STAGES[name].least:
             break
         made.append(run(name, slot))
         keep(name, slot)
