@@ -1,13 +1,15 @@
 """A model folder: config.json and *.safetensors, digests checked on load, never pickle.
 
 config.json holds `kind`, `name`, what the kind needs, and `files`: file name -> sha256. The weights
-digest is the sha256 over the sorted per-file digests; exit schedules and bridges name it.
+digest is the sha256 over the sorted per-file digests; exit schedules and bridges name it. Weights that are long for one
+file, say model.safetensors, lie in model-00001-of-00002.safetensors and so on, and are read by the one name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ZOO = Path(__file__).parent / "zoo"
+SHARD = 14 << 20  # bytes of tensors in a file, where weights are cut into files
 
 
 class StoreError(UserError):
@@ -77,8 +80,23 @@ def member_file(folder: Path, name: str) -> Path:
     return path
 
 
+def shards(name: str, files: Mapping[str, str]) -> list[str]:
+    """The files that `name` was cut into, in order; itself where it was not."""
+    pattern = re.compile(re.escape(name.removesuffix(".safetensors")) + r"-\d{5}-of-(\d{5})\.safetensors")
+    found = {file: int(match[1]) for file in sorted(files) if (match := pattern.fullmatch(file))}
+    return list(found) if name not in files and set(found.values()) == {len(found)} else [name]
+
+
 def read_tensors(folder: Path, name: str, files: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors of one file, its digest checked; half precision is upcast to float32 once, here."""
+    """Tensors of one file, or of its shards, digests checked; half precision is upcast to float32 once, here."""
+    tensors: dict[str, Tensor] = {}
+    for part in shards(name, files):
+        tensors |= read_file(folder, part, files)
+    return tensors
+
+
+def read_file(folder: Path, name: str, files: Mapping[str, str]) -> dict[str, Tensor]:
+    """As `read_tensors`, of the file itself."""
     from safetensors.torch import load
 
     path = member_file(folder, name)
@@ -91,19 +109,47 @@ def read_tensors(folder: Path, name: str, files: Mapping[str, str]) -> dict[str,
 
 
 def write_model(
-    folder: Path, config: dict[str, Any], files: Mapping[str, Mapping[str, Tensor]], keep_dtype: bool = False
+    folder: Path,
+    config: dict[str, Any],
+    files: Mapping[str, Mapping[str, Tensor]],
+    keep_dtype: bool = False,
+    shard: int | None = None,
 ) -> str:
-    """Write tensors (floats as float16, or as they are with `keep_dtype`) and config.json; returns the digest."""
+    """Write tensors (floats as float16, or as they are with `keep_dtype`) and config.json; returns the digest.
+
+    A file with more than `shard` bytes of tensors is cut.
+    """
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
     digests = {}
     for name, tensors in files.items():
-        path = member_file(folder, name)
         half = {k: v.half() if v.is_floating_point() and not keep_dtype else v for k, v in tensors.items()}
-        fresh = path.with_name(path.name + ".new")
-        fresh.write_bytes(save({k: v.detach().contiguous() for k, v in half.items()}))
-        fresh.replace(path)
-        digests[name] = sha256(path)
+        ready = {k: v.detach().cpu().contiguous() for k, v in half.items()}
+        for part, some in cut(name, ready, shard).items():
+            path = member_file(folder, part)
+            fresh = path.with_name(path.name + ".new")
+            fresh.write_bytes(save(some))
+            fresh.replace(path)
+            digests[part] = sha256(path)
     write_json(folder / "config.json", {**config, "files": digests})
     return weights_digest(digests)
+
+
+def cut(name: str, tensors: dict[str, Tensor], most: int | None) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the file they go into: `name`, or as many shards as it takes for each to have `most` bytes at most.
+
+    A tensor is not cut: one that is larger has a shard for itself.
+    """
+    parts: list[dict[str, Tensor]] = [{}]
+    room = most or 0
+    for key, tensor in tensors.items():
+        if most is not None and parts[-1] and tensor.nbytes > room:
+            parts.append({})
+            room = most
+        parts[-1][key] = tensor
+        room -= tensor.nbytes
+    if len(parts) == 1:
+        return {name: tensors}
+    stem = name.removesuffix(".safetensors")
+    return {f"{stem}-{i:05}-of-{len(parts):05}.safetensors": part for i, part in enumerate(parts, 1)}

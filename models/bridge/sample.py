@@ -26,7 +26,7 @@ def run_bridge(
     if evaluations not in (1, steps):
         raise ValueError(f"evaluations must be 1 or {steps}, got {evaluations}")
     for n in range(steps, 0, -1):
-        at = torch.full((len(z), 1), n)
+        at = torch.full((len(z), 1), n, device=z.device)
         u = network(tap, z, at[:, 0], features)
         if evaluations == 1:
             return z - u

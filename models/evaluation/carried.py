@@ -112,13 +112,18 @@ class Carried:
         """Networks that predict how the members spread."""
         return [name for name, entry in self.entries.items() if entry["kind"] == "spread"]
 
+    def to(self, device: torch.device) -> None:
+        """Move every network."""
+        for network in (*self.networks.values(), *self.students.values()):
+            network.to(device)
+
     def run(self, name: str, evaluations: int, x: Tensor, tap: Tensor, late: Tensor, logits: Tensor) -> Tensor:
         """One call on pixels, tap, pooled features and logits of the source: logits (N, K), or (N, 1) of a spread."""
         if name in self.students:
             return self.students[name](x)
         network = self.networks[name]
         if name in self.spreads:
-            last = torch.full((len(x),), network.config.steps)
+            last = torch.full((len(x),), network.config.steps, device=x.device)
             return network(tap, softened(logits, self.softening), last, late)
         return run_bridge(network, tap, logits, evaluations, self.softening, late)
 

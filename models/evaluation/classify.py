@@ -19,13 +19,16 @@ from models.evaluation.ensembles import load_pool, rows_of_ensembles
 from models.evaluation.leaving import answers_of, load_seeds
 from models.evaluation.metrics import deep_ensemble_equivalent, interval, spearman
 from models.evaluation.score import Answers, Floats, Labels, Score, TableRow, ranked, score
+from models.evaluation.served import numbers
 from models.evaluation.uncertainty import Study
 from models.store import read_config
-from models.tasks.classifier import to_pixels
 from models.tasks.classify import ClassifyTask
 from models.training.data import Images, Split, Splits
+from models.training.members import pixels_of
+from models.training.session import device_of
 from models.uncertainty.scores import among_members, entropy, log_softmax, soften
 
+CPU = torch.device("cpu")
 GOALS = (3, 5)  # sizes of deep ensembles whose gain over the source is recovered by some share
 
 
@@ -58,19 +61,20 @@ def look(pool: list[Any], carried: Carried, split: Split, known: Floats | None =
     """Run every network once on a split, the source's tap shared; members whose logits (N, m, K) are `known` do not."""
     ran, source = 0 if known is None else known.shape[1], pool[0]
     members: list[torch.Tensor] = []
+    device = device_of(source)
     calls = [*carried.calls, *((name, 1) for name in carried.spreads)]
     outputs: dict[Call, list[torch.Tensor]] = {call: [] for call in calls}
     for i in range(0, len(split), batch):
-        x = to_pixels(split.images[i : i + batch])
+        x = pixels_of(split.images[i : i + batch], device)
         tap = source.tap(x)
         late = source.features(tap)
         logits = source.fc(late)
         rest = [logits if m is source else m(x) for m in pool[ran:]]
-        members.append(torch.stack(rest, 1) if rest else torch.empty(len(x), 0, logits.shape[1]))
+        members.append(torch.stack(rest, 1) if rest else logits[:, None][:, :0])
         for (name, evaluations), parts in outputs.items():
             parts.append(carried.run(name, evaluations, x, tap, late, logits))
-    z = {call: torch.cat(parts).double().numpy() for call, parts in outputs.items()}
-    fresh = torch.cat(members).double().numpy()
+    z = {call: numbers(torch.cat(parts)) for call, parts in outputs.items()}
+    fresh = numbers(torch.cat(members))
     return Seen(
         members=log_softmax(fresh if known is None else np.concatenate([known, fresh], 1)),
         calls={call: log_softmax(z[call]) for call in carried.calls},
@@ -101,10 +105,14 @@ def evaluate(
     foreign: Split | None = None,
     found: Study | None = None,
     carried: Carried | None = None,
+    device: torch.device = CPU,
 ) -> Evaluation:
     """Score every method of an ensemble folder and the folders beside it; the served cascade too where a study of the
-    same splits is `found`, whose members are not run again."""
+    same splits is `found`, whose members are not run again. On `device`, where `carried` lies."""
     pool, served = load_pool(ensemble), len(read_config(ensemble, "ensemble")["members"])
+    exits = load_seeds(ensemble, pool[0])
+    for network in [*pool, *(network for seed in exits for network in seed.networks)]:
+        network.to(device)
     carried = load_carried(ensemble) if carried is None else carried
     parts = {"selection": splits.selection, "test": splits.test} | ({} if foreign is None else {"foreign": foreign})
     seen = {}
@@ -122,7 +130,7 @@ def evaluate(
         for name, ways in carried.rows.items()
     }
     rows |= {name: TableRow([scored(answers) for answers in runs]) for name, runs in answered.items()}
-    if exits := load_seeds(ensemble, pool[0]):
+    if exits:
         rows["exits"] = TableRow([scored(answers_of(e, parts)) for e in exits])
     if found and "cascade" in found.test.p:
         rows["cascade"] = TableRow([scored(served_answers(found, "cascade", parts))])

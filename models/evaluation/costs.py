@@ -18,6 +18,7 @@ from models.evaluation.turns import measure_times
 from models.evaluation.uncertainty import Study, cost_of_rows, time_cascade
 from models.tasks.classifier import Classifier
 from models.tasks.contracts import Calibration
+from models.training.session import device_of
 
 BATCHES = (32, 1)
 
@@ -45,9 +46,10 @@ class Counter:
     image: tuple[int, int, int]
 
     def pixels(self, n: int) -> Tensor:
-        """Noise (n, C, H, W), the same every time."""
+        """Noise (n, C, H, W), the same every time, where the members lie."""
         height, width, channels = self.image
-        return torch.rand(n, channels, height, width, generator=torch.Generator().manual_seed(0))
+        noise = torch.rand(n, channels, height, width, generator=torch.Generator().manual_seed(0))
+        return noise.to(device_of(self.members[0]))
 
     def ensemble(self, x: Tensor, size: int) -> Any:
         """The first `size` members."""

@@ -2,7 +2,7 @@
 
 Same solver, steps, guidance, labels and noise for every gear. The distance is over features of the judge's
 first member (after global pooling), against all test images; it is never called FID. The floor is the
-distance of as many random training images.
+distance of as many random training images, or of all where there are fewer.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from numpy.typing import NDArray
 from models.api import Gear, GenerateWork
 from models.backbones.resnet import ResNet
 from models.evaluation.metrics import frechet, frechet_interval, moments
-from models.tasks.classifier import load_members, to_pixels
+from models.tasks.classifier import load_members
+from models.tasks.device import pick_device
 from models.tasks.generate import GenerateTask
 from models.tasks.generator import load
 from models.training.data import Images, Splits
+from models.training.members import pixels_of
+from models.training.session import device_of
 
 Floats = NDArray[np.float64]
-POOL = 50
+POOL = {"cpu": 50, "cuda": 1000}  # images of a job
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,10 @@ class Score:
 
 
 class Judge:
-    """An ensemble that classifies samples, and the features of its first member over the test images."""
+    """An ensemble that classifies samples, and the features of its first member over the test images; on a device."""
 
-    def __init__(self, folder: Path, splits: Splits) -> None:
-        self.members = load_members(folder)
+    def __init__(self, folder: Path, splits: Splits, device: str = "cpu") -> None:
+        self.members = [member.to(pick_device(device)) for member in load_members(folder)]
         self.reference = moments(features(self.members[0], splits.test.images))
 
     def score(self, images: Images) -> Score:
@@ -103,31 +106,32 @@ def run_work(task: GenerateTask, work: GenerateWork) -> tuple[Images, int]:
 
 
 def draw(
-    folder: Path, n: int, seed: int, *, bf16: bool = False, workers: int | None = None
+    folder: Path, n: int, seed: int, *, bf16: bool = False, workers: int | None = None, device: str = "cpu"
 ) -> dict[str, tuple[Images, float]]:
     """`n` label-balanced images of every gear in pool-sized jobs, and layer evaluations per image.
 
-    One single-threaded engine per core: cores that share every matmul wait for each other. `bf16` runs the networks
-    in bfloat16, to screen candidates.
+    One single-threaded engine per core: cores that share every matmul wait for each other. On CUDA one engine, and jobs
+    that fill it. `bf16` runs the networks in bfloat16, to screen candidates.
     """
-    local = threading.local()
+    local, where = threading.local(), pick_device(device).type
+    size, engines = POOL[where], workers or os.cpu_count() if where == "cpu" else 1
 
     def job(gear: Gear, first: int) -> tuple[Images, int]:
         if not hasattr(local, "task"):
             torch.set_num_threads(1)
-            local.task = load(folder, POOL, "cpu")
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return run_work(local.task, balanced_work(local.task, gear, first, min(POOL, n - first), seed))
+            local.task = load(folder, size, device)
+        with torch.autocast(where, torch.bfloat16, enabled=bf16):
+            return run_work(local.task, balanced_work(local.task, gear, first, min(size, n - first), seed))
 
     task = load(folder, 1, "cpu")
     threads, drawn = torch.get_num_threads(), {}
     try:
-        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        with ThreadPoolExecutor(engines) as pool:
             for gear in task.info.gears:
                 parts = []
-                for part in pool.map(partial(job, gear), range(0, n, POOL)):
+                for part in pool.map(partial(job, gear), range(0, n, size)):
                     parts.append(part)
-                    print(f"{gear.name}: {min(n, POOL * len(parts))}/{n}", file=sys.stderr, flush=True)
+                    print(f"{gear.name}: {min(n, size * len(parts))}/{n}", file=sys.stderr, flush=True)
                 drawn[gear.name] = np.concatenate([p for p, _ in parts]), sum(ran for _, ran in parts) / n
     finally:
         torch.set_num_threads(threads)
@@ -137,18 +141,19 @@ def draw(
 @torch.inference_mode()
 def features(judge: ResNet, images: Images) -> Floats:
     """Pooled features (N, D) of uint8 images (N, H, W, C)."""
-    chunks = [to_pixels(images[i : i + 1000]) for i in range(0, len(images), 1000)]
-    return np.concatenate([judge.features(judge.tap(x)).double().numpy() for x in chunks])
+    device = device_of(judge)
+    chunks = (pixels_of(images[i : i + 1000], device) for i in range(0, len(images), 1000))
+    return np.concatenate([judge.features(judge.tap(x)).double().cpu().numpy() for x in chunks])
 
 
 @torch.inference_mode()
 def agreement(judges: list[ResNet], images: Images, labels: NDArray[np.int64]) -> float:
     """Share of images that the ensemble classifies as their label."""
-    right = 0
+    right, device = 0, device_of(judges[0])
     for i in range(0, len(images), 1000):
-        x = to_pixels(images[i : i + 1000])
+        x = pixels_of(images[i : i + 1000], device)
         mean = torch.stack([m(x).softmax(1) for m in judges]).mean(0)
-        right += int((mean.argmax(1).numpy() == labels[i : i + 1000]).sum())
+        right += int((mean.argmax(1).cpu().numpy() == labels[i : i + 1000]).sum())
     return right / len(images)
 
 
@@ -161,12 +166,13 @@ def evaluate(
     *,
     bf16: bool = False,
     workers: int | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Score every gear with `n` images; also the floor with its interval."""
-    judge = Judge(judge_folder, splits)
-    random = np.random.default_rng(seed).choice(len(splits.train), n, replace=False)
+    judge = Judge(judge_folder, splits, device)
+    random = np.random.default_rng(seed).choice(len(splits.train), min(n, len(splits.train)), replace=False)
     floor = judge.score(splits.train.images[random])
-    drawn = draw(folder, n, seed, bf16=bf16, workers=workers)
+    drawn = draw(folder, n, seed, bf16=bf16, workers=workers, device=device)
     scores = []
     for gear in load(folder, 1, "cpu").info.gears:
         images, layer_evals = drawn[gear.name]

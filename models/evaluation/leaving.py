@@ -15,9 +15,10 @@ from models.evaluation.score import Answers
 from models.evaluation.turns import measure_times
 from models.store import read_config
 from models.tasks.beside import folder_beside
-from models.tasks.classifier import to_pixels
 from models.tasks.exits import EarlyExits, load_exits
 from models.training.data import Split
+from models.training.members import pixels_of
+from models.training.session import device_of
 from models.uncertainty.early_exit import Floats, Ints
 from models.uncertainty.scores import log_softmax
 
@@ -33,10 +34,10 @@ def load_seeds(ensemble: Path, source: ResNet) -> list[EarlyExits]:
 @torch.inference_mode()
 def leave(exits: EarlyExits, split: Split, batch: int = 1000) -> tuple[Floats, Ints]:
     """Log probabilities (N, K) of a split, as served, and the no. of the exit (N,) that gave each."""
-    found = []
+    found, device = [], device_of(exits.networks[0])
     for i in range(0, len(split), batch):
-        every = exits.every(to_pixels(split.images[i : i + batch]))
-        found.append(exits.leave([log_softmax(z.double().numpy()) for z in every]))
+        every = exits.every(pixels_of(split.images[i : i + batch], device))
+        found.append(exits.leave([log_softmax(z.double().cpu().numpy()) for z in every]))
     p, left = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return np.log(np.maximum(p, 1e-12)), left
 

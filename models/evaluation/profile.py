@@ -8,9 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from models.api import UserError
+from models.evaluation.device import Device, place
 from models.evaluation.generate import GearScore, evaluate
 from models.evaluation.report import find, gears_table, provenance, timing_table, write_card
 from models.evaluation.timing import Ratio, time_gears, time_network
@@ -20,7 +22,7 @@ from models.tasks.generator import load, load_model
 from models.training.data import splits
 
 app = typer.Typer(help="Measure a generator's gears on this machine; writes gears.json, the card and profile.png.")
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+ROWS = {"cpu": (1, 2, 4, 8, 16, 32, 64, 128), "cuda": (1, 4, 16, 32, 64, 128, 256, 512, 1024)}
 PICTURE = "profile.png"
 
 
@@ -39,13 +41,15 @@ def pareto(scores: Sequence[GearScore], keep: Sequence[str]) -> list[GearScore]:
     return [s for s in scores if s.gear.name in keep or not beaten(s)]
 
 
-def entry(stored: Mapping[str, Any], score: GearScore, time: Ratio, batch: int, floor: float) -> dict[str, Any]:
+def entry(
+    stored: Mapping[str, Any], score: GearScore, time: Ratio, batch: int, floor: float, device: str = "cpu"
+) -> dict[str, Any]:
     """A gear of gears.json with its measured cost and quality."""
     spread = [round(time.low, 3), round(time.high, 3)]
     return {
         **stored,
         "layer_evals_ratio": round(score.layer_evals_ratio, 4),
-        "time_ratio": {"value": round(time.value, 3), "spread": spread, "device": "cpu", "batch": batch, "threads": 1},
+        "time_ratio": {"value": round(time.value, 3), "spread": spread, "device": device, "batch": batch, "threads": 1},
         "class_accuracy": round(score.class_accuracy, 4),
         "frechet": {
             "value": round(score.frechet, 4),
@@ -90,10 +94,12 @@ def write(
     batch: int,
     floor: float,
     where: Mapping[str, Any],
+    device: str = "cpu",
 ) -> None:
     """gears.json with the gears of `kept`, in the order that they had."""
     entries = {gear["name"]: gear for gear in stored["gears"]}
-    measured = [entry(entries[s.gear.name], s, times[s.gear.name], batch, floor) | dict(where) for s in kept]
+    gears = [entry(entries[s.gear.name], s, times[s.gear.name], batch, floor, device) for s in kept]
+    measured = [gear | dict(where) for gear in gears]
     write_gears(folder, measured, stored["default"])
 
 
@@ -107,21 +113,25 @@ def profile(
     batch: Annotated[int, typer.Option(min=1, help="Images of the job that gears are timed with.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Turns of every timing.")] = 7,
     workers: Annotated[int | None, typer.Option(min=1, help="Engines that sample at a time; one per core.")] = None,
+    device: Device = "cpu",
+    bf16: Annotated[bool, typer.Option(help="Run the networks in bfloat16.")] = False,
 ) -> None:
     """Measure time against batch and depth, and cost and quality of every gear; keep the Pareto set."""
     folder = find(model)
     if find_spec("matplotlib") is None:
         raise UserError("offramp profile draws with matplotlib: pip install 'offramp[train]'")
-    images = splits(data)
-    network, _, _ = load_model(folder)
+    images, on = splits(data), place(device)
+    network = load_model(folder)[0].to(on)
     depths = sorted({depth for gear in load(folder, 1, "cpu").info.gears for depth in gear.schedule.depths})
-    timing = time_network(network, ROWS, depths, repeats)
-    times = time_gears(load(folder, batch, "cpu"), repeats)
-    result = evaluate(folder, find(judge), images, n, seed, workers=workers)
+    with torch.autocast(on.type, torch.bfloat16, enabled=bf16):
+        timing = time_network(network, ROWS[on.type], depths, repeats)
+        times = time_gears(load(folder, batch, device), repeats)
+    result = evaluate(folder, find(judge), images, n, seed, bf16=bf16, workers=workers, device=device)
     stored = read_json(folder / "gears.json")
     kept = pareto(result["gears"], ("full", stored["default"]))
-    where = provenance(threads=1)
-    write(folder, stored, kept, times, batch, result["floor"], {"n": n, "seed": seed, **where})
+    where = provenance(threads=1, device=on.type)
+    about: dict[str, Any] = {"n": n, "seed": seed, **({"dtype": "bfloat16"} if bf16 else {}), **where}
+    write(folder, stored, kept, times, batch, result["floor"], about, on.type)
     picture(folder / PICTURE, kept, times, result["floor"], folder.name)
     table = gears_table({**result, "gears": kept}, n, seed, where, times, batch)
     write_card(folder, f"![cost and quality]({PICTURE})\n\n{table}\n\n{timing_table(timing)}", "offramp profile")

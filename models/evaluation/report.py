@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping
 from datetime import date
@@ -24,15 +25,23 @@ def find(model: Path) -> Path:
     return model if (model / "config.json").is_file() else ZOO / model
 
 
-def provenance(threads: int | None = None) -> dict[str, str]:
-    """Date, machine and commit of a measurement; `threads` of torch, those set now if None."""
-    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ZOO, capture_output=True, text=True, check=False)
-    commit = run.stdout.strip() or "unknown"
-    if subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ZOO, capture_output=True, check=False).returncode == 1:
-        commit += "-dirty"
+def provenance(threads: int | None = None, device: str = "cpu") -> dict[str, str]:
+    """Date, machine and commit of a measurement; `threads` of torch, those set now if None. `device`: its type."""
     count = torch.get_num_threads() if threads is None else threads
     machine = f"{os.cpu_count()} cores {platform.machine()}, {count} torch thread{'s' if count > 1 else ''}"
-    return {"date": date.today().isoformat(), "machine": machine, "commit": commit}
+    if device == "cuda":
+        machine = f"{torch.cuda.get_device_name()}, {machine}"
+    return {"date": date.today().isoformat(), "machine": machine, "commit": commit()}
+
+
+def commit() -> str:
+    """The commit that runs, marked where files differ from it; outside a repository what GIT_COMMIT says, or unknown."""
+    known = os.environ.get("GIT_COMMIT", "unknown")
+    if shutil.which("git") is None:
+        return known
+    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ZOO, capture_output=True, text=True, check=False)
+    diff = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=ZOO, capture_output=True, check=False)
+    return (run.stdout.strip() or known) + ("-dirty" if diff.returncode == 1 else "")
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -81,13 +90,14 @@ def gears_table(
 
 def timing_table(timing: Timing) -> str:
     """Milliseconds of one network call against rows and depth."""
+    on = "one torch thread" if timing.device == "cpu" else timing.device
     header = ["network rows", *(f"{depth} blocks" for depth in timing.depths)]
     rows = [
         [str(n), *(f"{value:.1f}" for value in values)]
         for n, values in zip(timing.rows, timing.milliseconds, strict=True)
     ]
     return (
-        f"{markdown(header, rows)}\n\nMilliseconds of one network call, median of turns, one torch thread; a guided "
+        f"{markdown(header, rows)}\n\nMilliseconds of one network call, median of turns, {on}; a guided "
         f"image is two rows. A call on n rows takes about as long as one on max({timing.saturation:.1f}, n)."
     )
 

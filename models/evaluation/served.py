@@ -8,12 +8,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from models.bridge.mixture import mixture
 from models.bridge.sample import run_bridge
-from models.tasks.classifier import Classifier, to_pixels
+from models.tasks.classifier import Classifier
 from models.tasks.contracts import Calibration
 from models.training.data import Split
+from models.training.members import pixels_of
+from models.training.session import device_of
 from models.uncertainty.cascade import combine
 from models.uncertainty.conformal import uniforms
 from models.uncertainty.contract import ABSTAIN_SHARE, TARGET, Answers, Contract, choose_foreign, choose_rule
@@ -91,31 +94,38 @@ class Outputs:
         return {name: as_uncertainty(name, values) for name, values in found.items()}
 
 
+def numbers(values: Tensor) -> Floats:
+    """In float64, off the device."""
+    return values.double().cpu().numpy()
+
+
 @torch.inference_mode()
 def run(classifier: Classifier, split: Split, batch: int = 1000) -> Outputs:
-    """Every method on every row, the source's tap shared as in service."""
+    """Every method on every row, the source's tap shared as in service; where the networks lie."""
     source, student, exits = classifier.members[0], classifier.student, classifier.exits
     logits, estimates, distilled = [], {name: list[Floats]() for name in classifier.bridges}, []
     staged: list[list[Floats]] = []
     far: list[Floats] = []
+    device = device_of(source)
     for i in range(0, len(split), batch):
-        x = to_pixels(split.images[i : i + batch])
+        x = pixels_of(split.images[i : i + batch], device)
         tap = source.tap(x)
         features = source.features(tap)
         own = source.fc(features)
-        logits.append(torch.stack([own, *(member(x) for member in classifier.members[1:])], 1).double().numpy())
+        everyone = torch.stack([own, *(member(x) for member in classifier.members[1:])], 1)
+        logits.append(numbers(everyone))
         for name, bridge in classifier.bridges.items():
             carried = [
                 run_bridge(network, tap, own, bridge.evaluations, bridge.softening, features)
                 for network in bridge.networks.values()
             ]
-            estimates[name].append(torch.stack(carried, 1).double().numpy())
+            estimates[name].append(numbers(torch.stack(carried, 1)))
         if classifier.distance is not None:
-            far.append(classifier.distance.network(tap).double().numpy())
+            far.append(numbers(classifier.distance.network(tap)))
         if student is not None:
-            distilled.append(student.network(x).double().numpy())
+            distilled.append(numbers(student.network(x)))
         if exits is not None:
-            staged.append([log_softmax(z.double().numpy()) for z in exits.every(x)])
+            staged.append([log_softmax(numbers(z)) for z in exits.every(x)])
     z = np.concatenate(logits)
     log_p = log_softmax(z)
     p = {

@@ -32,17 +32,20 @@ def time_served(
     images: Images,
     backends: Iterable[str] = BACKENDS,
     batches: Iterable[int] = BATCHES,
+    device: str = "cpu",
 ) -> Times:
     """Seconds a batch by method, backend and batch, the mean over the first `TIMED` images (N, H, W, C); all in turns,
-    the fastest of each. A backend that cannot work here is left out. One thread, as a worker on two cores has.
+    the fastest of each. A backend that cannot work here is left out. One thread, as a worker on two cores has. On CUDA
+    the first backend only.
     """
     threads = torch.get_num_threads()
     taken = {n: [images[i : i + n] for i in range(0, min(TIMED[n], len(images)), n)] for n in batches}
     torch.set_num_threads(1)
     try:
         with TemporaryDirectory() as cache:
+            names = list(backends) if device == "cpu" else list(backends)[:1]
             tasks = {
-                name: load(folder, max(BATCHES), "cpu", Runtime(name, cache=cache), calibration) for name in backends
+                name: load(folder, max(BATCHES), device, Runtime(name, cache=cache), calibration) for name in names
             }
             runs: dict[tuple[str, str, int], Callable[[], Any]] = {
                 (method, name, batch): partial(classify_batches, task, method, taken[batch])
@@ -63,7 +66,7 @@ def classify_batches(task: ClassifyTask, method: str, batches: Iterable[Images])
         classify_images(task, method, images)
 
 
-def times_table(found: Times) -> str:
+def times_table(found: Times, on: str = "one torch thread") -> str:
     """Each method relative to `single` on the same backend and batch; `single` in milliseconds."""
     columns = [(name, batch) for name in BACKENDS for batch in BATCHES if ("single", name, batch) in found]
     rows = []
@@ -72,7 +75,7 @@ def times_table(found: Times) -> str:
         rows.append([method, *(f"{value:.2f}" for value in own)])
     base = ", ".join(f"{1e3 * found['single', name, batch]:.2f} ms {name} at {batch}" for name, batch in columns)
     note = (
-        f"From admission to the answer, one torch thread, the fastest of {REPEATS} turns, relative to `single` on the "
+        f"From admission to the answer, {on}, the fastest of {REPEATS} turns, relative to `single` on the "
         f"same backend and batch, itself {base}. Methods that stop early depend on the images: these are test images, "
         f"{TIMED[32]} of them in batches of 32, {TIMED[1]} one by one."
     )

@@ -9,7 +9,9 @@ from models.evaluation.served_times import BATCHES, REPEATS, Times
 from models.evaluation.uncertainty import Study, quality
 
 
-def short_table(found: Study, macs: Mapping[str, float], times: Times, where: dict[str, str]) -> str:
+def short_table(
+    found: Study, macs: Mapping[str, float], times: Times, where: dict[str, str], on: str = "one torch thread"
+) -> str:
     """Served methods by cost; `macs` relative to the source, `times` as served."""
     backends = [name for name in ("eager", "onnx") if ("single", name, BATCHES[0]) in times]
     rows = []
@@ -31,7 +33,7 @@ def short_table(found: Study, macs: Mapping[str, float], times: Times, where: di
     header = ["method", "accuracy", "NLL", "ECE", "accepted", "error of accepted", "MACs"]
     note = (
         "As served, calibrated, on the test images; ± by bootstrap over images. MACs and time are relative to "
-        "`single`, with the distance of features where it runs; time from admission to answer on one torch thread, "
+        f"`single`, with the distance of features where it runs; time from admission to answer on {on}, "
         f"{BATCHES[0]} images at a time, the fastest of {REPEATS} turns, each backend against itself. {origin(where)}"
     )
     return f"{markdown([*header, *(f'time, {name}' for name in backends)], rows)}\n\n{note}"

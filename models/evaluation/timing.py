@@ -16,6 +16,7 @@ from models.backbones.interface import Backbone
 from models.evaluation.generate import balanced_work, run_work
 from models.evaluation.turns import alternate
 from models.tasks.generate import GenerateTask
+from models.training.session import device_of
 
 Floats = NDArray[np.float64]
 
@@ -60,22 +61,25 @@ class Timing:
     depths: tuple[int, ...]
     milliseconds: tuple[tuple[float, ...], ...]
     saturation: float
+    device: str = "cpu"
 
 
 @torch.inference_mode()
 def time_network(model: Backbone, rows: Sequence[int], depths: Sequence[int], repeats: int) -> Timing:
-    """Time network calls where all of `rows` rows run `depths` blocks, head included."""
+    """Time network calls where all of `rows` rows run `depths` blocks, head included; on the network's device."""
+    device = device_of(model)
 
     def call(n: int, depth: int) -> Callable[[], Any]:
-        x, y = torch.randn(n, *model.row_shape), torch.zeros(n, dtype=torch.int64)
-        condition = model.condition(torch.full((n,), 0.5), y)
+        x, y = torch.randn(n, *model.row_shape, device=device), torch.zeros(n, dtype=torch.int64, device=device)
+        condition = model.condition(torch.full((n,), 0.5, device=device), y)
         return lambda: model(x, condition, [depth] * n)
 
     runs = {f"{n} {depth}": call(n, depth) for n in sorted(rows, reverse=True) for depth in depths}
     with one_thread():
         seconds = alternate(runs, repeats)
     table = np.array([[1000 * np.median(seconds[f"{n} {depth}"]) for depth in depths] for n in rows])
-    return Timing(tuple(rows), tuple(depths), tuple(map(tuple, table.tolist())), saturation(rows, table[:, -1]))
+    found = tuple(map(tuple, table.tolist()))
+    return Timing(tuple(rows), tuple(depths), found, saturation(rows, table[:, -1]), device.type)
 
 
 def saturation(rows: Sequence[int], times: Floats) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 
@@ -17,6 +18,7 @@ def alternate(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, 
         for name, run in runs.items():
             began = time.perf_counter()
             run()
+            finish()
             if repeat:
                 seconds[name].append(time.perf_counter() - began)
     return {name: np.array(values) for name, values in seconds.items()}
@@ -25,3 +27,9 @@ def alternate(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, 
 def measure_times(runs: Mapping[str, Callable[[], Any]], repeats: int = 15) -> dict[str, float]:
     """Seconds of each, the fastest of turns that alternate, so that neighbours on the machine matter little."""
     return {name: float(values.min()) for name, values in alternate(runs, repeats).items()}
+
+
+def finish() -> None:
+    """Wait for CUDA, where it is in use: a clock may be read."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -20,6 +20,7 @@ from models.registry import METHODS
 from models.tasks.classifier import Classifier
 from models.tasks.contracts import Calibration
 from models.training.data import Split, Splits
+from models.training.session import device_of
 from models.uncertainty.calibration import Estimate, bootstrap, reliability
 from models.uncertainty.cascade import Bools, Point, compare
 from models.uncertainty.conformal import Coverage, measure, repeated_splits
@@ -234,7 +235,8 @@ def time_cascade(classifier: Classifier, found: Study, batch: int = 64) -> float
     """Measured time relative to the source, of a batch at the default point: as many rows as of the test images, to
     rounding, go on after each exit and to the other members."""
     height, width, channels = classifier.config["image"]
-    source, bridge, x = classifier.members[0], classifier.bridge, torch.rand(batch, channels, height, width)
+    source, bridge = classifier.members[0], classifier.bridge
+    x = torch.rand(batch, channels, height, width).to(device_of(source))
     router, left = found.calibration.router, found.test.left
     assert router is not None
     _, urgent = found.test.cascaded(router, router.pick(None))

@@ -21,6 +21,7 @@ from models.bridge.process import TEMPERATURE, sample_between, sample_temperatur
 from models.bridge.sample import run_bridge
 from models.training.curves import CurveRecipe
 from models.training.loop import Optim, Trained, train
+from models.training.session import HERE, Session, half
 from models.training.members import channels_last
 from models.training.transfer import Cache, Transfer
 
@@ -36,7 +37,7 @@ class BridgeRecipe:
 
     Every kind in `kinds` is trained with each of `seeds` seeds. `pair_teachers`: members whose mean each network of a
     pair learns, a bridge (`bridge_pair`) or a KL regressor (`pair`). `distill`: how a bridge's student is trained.
-    `curve`: the curves that kind `curve` needs.
+    `curve`: the curves that kind `curve` needs. `bf16`: networks train under autocast.
     """
 
     name: str
@@ -50,6 +51,7 @@ class BridgeRecipe:
     pair_teachers: tuple[list[int], ...] = ([0, 1, 2], [0, 3, 4])
     seeds: int = 3
     seed: int = 0
+    bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,18 +111,19 @@ def goal(run: Run, cache: Cache, midpoints: Mapping[int, Tensor], start: BridgeN
 def carried(network: BridgeNetwork, cache: Cache, batch: int = 1000) -> Tensor:
     """Where a bridge ends after all its steps (N, K), for its student to learn."""
     network, parts = network.eval(), []
-    rows = zip(*(t.split(batch) for t in (cache.taps, cache.features, cache.logits[:, 0])), strict=True)
-    for tap, late, logits in rows:
-        parts.append(run_bridge(network, tap.float(), logits, network.config.steps, TEMPERATURE, late.float()))
+    for first in range(0, len(cache.logits), batch):
+        rows = slice(first, first + batch)
+        tap, late = cache.see(rows)
+        parts.append(run_bridge(network, tap, cache.logits[rows, 0], network.config.steps, TEMPERATURE, late))
     return torch.cat(parts).clone()
 
 
 def bridge_loss(model: BridgeNetwork, tap: Tensor, late: Tensor, logits: Tensor, z0: Tensor) -> Tensor:
     """Mean over rows of |Z_0_hat - Z_0|^2 / tau, every step n in 1..T drawn (dividing by tau: its well-scaled form)."""
-    n, steps = len(z0), model.config.steps
-    at = torch.randint(1, steps + 1, (n,))
+    n, steps, device = len(z0), model.config.steps, z0.device
+    at = torch.randint(1, steps + 1, (n,), device=device)
     tau = (at / steps)[:, None]
-    z = sample_between(z0, source(logits, sample_temperature(n)), tau)
+    z = sample_between(z0, source(logits, sample_temperature(n).to(device)), tau)
     estimate = z - tau * model(tap, z, at, late)
     return ((estimate - z0).square().sum(1, keepdim=True) / tau).mean()
 
@@ -128,7 +131,7 @@ def bridge_loss(model: BridgeNetwork, tap: Tensor, late: Tensor, logits: Tensor,
 def arrival(model: BridgeNetwork, tap: Tensor, late: Tensor, logits: Tensor) -> Tensor:
     """Where one evaluation ends (N, K)."""
     z1 = source(logits, TEMPERATURE)
-    return z1 - model(tap, z1, torch.ones(len(z1), dtype=torch.int64), late)
+    return z1 - model(tap, z1, torch.ones(len(z1), dtype=torch.int64, device=z1.device), late)
 
 
 def mse_loss(model: BridgeNetwork, tap: Tensor, late: Tensor, logits: Tensor, z0: Tensor) -> Tensor:
@@ -145,7 +148,8 @@ def kl_loss(model: BridgeNetwork, tap: Tensor, late: Tensor, logits: Tensor, z0:
 def spread_loss(model: BridgeNetwork, tap: Tensor, late: Tensor, logits: Tensor, spread: Tensor) -> Tensor:
     """Squared error of the predicted log spread (N, 1)."""
     z1 = source(logits, TEMPERATURE)
-    return (model(tap, z1, torch.ones(len(z1), dtype=torch.int64), late) - spread).square().mean()
+    one = torch.ones(len(z1), dtype=torch.int64, device=z1.device)
+    return (model(tap, z1, one, late) - spread).square().mean()
 
 
 Loss = Callable[[BridgeNetwork, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -169,10 +173,12 @@ def train_run(
     out: Path,
     midpoints: Mapping[int, Tensor] | None = None,
     start: BridgeNetwork | None = None,
+    session: Session = HERE,
 ) -> Trained:
     """Train one network; a distilled one starts from the bridge of its seed."""
     torch.manual_seed(run.seed)
-    model = channels_last(BridgeNetwork(network_config(run, recipe)))
+    device = cache.logits.device
+    model = channels_last(BridgeNetwork(network_config(run, recipe)).to(device))
     if run.kind == "distilled":
         assert start is not None
         begin_at_the_source(model, start)
@@ -180,12 +186,13 @@ def train_run(
     optim = recipe.distill if run.kind == "distilled" else recipe.optim
 
     def on_batch(step: int) -> Tensor:
-        rows = torch.randint(len(z0), (optim.batch,))
-        tap = cache.taps[rows].float().contiguous(memory_format=torch.channels_last)
-        late = cache.features[rows].float()
-        return loss(model, tap, late, cache.logits[rows, 0], z0[rows])
+        rows = torch.randint(len(z0), (optim.batch,), device=device)
+        with half(device, recipe.bf16):
+            tap, late = cache.see(rows)
+            tap = tap.contiguous(memory_format=torch.channels_last)
+            return loss(model, tap, late, cache.logits[rows, 0], z0[rows]).float()
 
-    return train(model, optim, on_batch, out / run.name, label=run.name)
+    return train(model, optim, on_batch, out / run.name, label=run.name, session=session)
 
 
 def begin_at_the_source(student: BridgeNetwork, teacher: BridgeNetwork) -> None:
@@ -197,14 +204,19 @@ def begin_at_the_source(student: BridgeNetwork, teacher: BridgeNetwork) -> None:
 
 
 def train_all(
-    recipe: BridgeRecipe, todo: Iterable[Run], cache: Cache, midpoints: Mapping[int, Tensor], out: Path
+    recipe: BridgeRecipe,
+    todo: Iterable[Run],
+    cache: Cache,
+    midpoints: Mapping[int, Tensor],
+    out: Path,
+    session: Session = HERE,
 ) -> dict[str, Trained]:
     """Every run; those that are there already are read."""
     trained: dict[str, Trained] = {}
     for run in todo:
         start = trained[f"bridge-{run.seed}"].ema if run.kind == "distilled" else None
         assert start is None or isinstance(start, BridgeNetwork)
-        trained[run.name] = train_run(run, recipe, cache, out, midpoints, start)
+        trained[run.name] = train_run(run, recipe, cache, out, midpoints, start, session)
     return trained
 
 

@@ -18,10 +18,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from models.backbones.resnet import ResNet
-from models.tasks.classifier import to_pixels
 from models.training.data import Split
 from models.training.loop import Optim, train
-from models.training.members import augment, epoch_rows
+from models.training.members import augment, epoch_rows, pixels_of
+from models.training.session import HERE, Session, device_of, half
 
 
 @dataclass(frozen=True)
@@ -46,23 +46,26 @@ def at(r: float, start: nn.Module, control: nn.Module, end: nn.Module) -> dict[s
     return {name: bezier(ends[0][name], c, ends[1][name], r) for name, c in control.named_parameters()}
 
 
-def train_curve(start: ResNet, end: ResNet, split: Split, recipe: CurveRecipe, seed: int, out: Path) -> ResNet:
+def train_curve(
+    start: ResNet, end: ResNet, split: Split, recipe: CurveRecipe, seed: int, out: Path, session: Session = HERE
+) -> ResNet:
     """The network in the middle of a curve trained on `split`, its BatchNorm statistics taken there anew."""
     torch.manual_seed(seed)
+    device = device_of(start)
     control = copy.deepcopy(start)
     for own, a, b in zip(control.parameters(), start.parameters(), end.parameters(), strict=True):
         own.data = (a + b) / 2
         own.requires_grad_(True)
-    x, y = to_pixels(split.images), torch.from_numpy(split.labels)
+    x, y = pixels_of(split.images, device), torch.from_numpy(split.labels).to(device)
 
     def loss(step: int) -> Tensor:
-        rows = epoch_rows(len(y), recipe.optim.batch, step, seed)
+        rows = epoch_rows(len(y), recipe.optim.batch, step, seed).to(device)
         weights = at(float(torch.rand(())), start, control, end)
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+        with half(device, recipe.bf16):
             logits = functional_call(control, weights, (augment(x[rows], recipe.shift, recipe.flip),))
         return F.cross_entropy(logits.float(), y[rows])
 
-    trained = train(control, recipe.optim, loss, out, label=out.name).ema
+    trained = train(control, recipe.optim, loss, out, label=out.name, session=session).ema
     middle = copy.deepcopy(start)
     for name, value in at(0.5, start, trained, end).items():
         middle.get_parameter(name).data = value.detach()
@@ -89,10 +92,18 @@ def answers(model: ResNet, pixels: Tensor, batch: int = 1000) -> Tensor:
 
 
 def midpoints(
-    members: Sequence[ResNet], split: Split, pixels: Tensor, recipe: CurveRecipe, seed: int, out: Path
+    members: Sequence[ResNet],
+    split: Split,
+    pixels: Tensor,
+    recipe: CurveRecipe,
+    seed: int,
+    out: Path,
+    session: Session = HERE,
 ) -> dict[int, Tensor]:
     """Logits (N, K) of every curve's middle over the transfer set, by the index of the curve's end."""
-    return {
-        end: answers(train_curve(members[0], members[end], split, recipe, seed, out / f"curve-to-{end + 1}"), pixels)
-        for end in recipe.ends
-    }
+    found = {}
+    for end in recipe.ends:
+        folder = out / f"curve-to-{end + 1}"
+        middle = train_curve(members[0], members[end], split, recipe, seed, folder, session)
+        found[end] = answers(middle, pixels)
+    return found

@@ -23,6 +23,7 @@ from models.store import write_model
 from models.training.data import Split
 from models.training.loop import Optim, train
 from models.training.members import channels_last, predict
+from models.training.session import HERE, Session, half
 from models.training.transfer import Cache, Transfer
 from models.uncertainty.scores import fit_temperature, log_softmax, nll, soften
 
@@ -42,23 +43,29 @@ class DistillRecipe:
 
 
 def train_students(
-    recipe: DistillRecipe, cache: Cache, ensemble: Mapping[str, Any], selection: Split, out: Path
+    recipe: DistillRecipe,
+    cache: Cache,
+    ensemble: Mapping[str, Any],
+    selection: Split,
+    out: Path,
+    session: Session = HERE,
 ) -> dict[str, Any]:
     """Train and write the students to `out`/<name>; validation says which is served. Returns the summary."""
     goal, files, scores, seconds = target(cache.logits).softmax(-1), {}, {}, 0.0
+    device = goal.device
     for seed in range(recipe.seed + 1, recipe.seed + 1 + recipe.seeds):
         label = f"student-{seed}"
         torch.manual_seed(seed)
-        model = channels_last(ResNet(recipe.network))
+        model = channels_last(ResNet(recipe.network).to(device))
 
         def loss(step: int, model: ResNet = model) -> Tensor:
-            rows = torch.randint(len(goal), (recipe.optim.batch,))
+            rows = torch.randint(len(goal), (recipe.optim.batch,), device=device)
             x = cache.pixels[rows].float().contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+            with half(device, recipe.bf16):
                 logits = model(x)
             return F.kl_div(logits.float().log_softmax(-1), goal[rows], reduction="batchmean")
 
-        done = train(model, recipe.optim, loss, out / "runs" / recipe.name / label, label=label)
+        done = train(model, recipe.optim, loss, out / "runs" / recipe.name / label, label=label, session=session)
         assert isinstance(done.ema, ResNet)
         log_p = log_softmax(predict(done.ema, selection.images).double().numpy())
         temperature = fit_temperature(log_p, selection.labels)

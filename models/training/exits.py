@@ -25,9 +25,11 @@ from models.backbones.interface import Backbone
 from models.exits.optimise import equal_edges, optimise, to_schedule, uniform_times, visits
 from models.exits.plan import make, plan
 from models.training.checkpoint import append_log
+from models.training.compiling import compile_in_place
 from models.training.data import Images, Labels
 from models.training.diffusion import Batches, perturb, sample_times
 from models.training.loop import Optim, Trained, train
+from models.training.session import HERE, Session, device_of, half, to
 
 Depths = Callable[[NDArray[np.float64]], NDArray[np.int64]]
 SNR_CLIP = 5.0
@@ -43,7 +45,7 @@ class ExitsRecipe:
     `loss_weight`: lambda(u): "none", "snr_clip" (Hang et al., ICCV 2023, v-prediction), or one number per tenth of u.
     `distill`: share of the loss that is against the `teacher`'s full-depth output, for rows that leave early;
     the teacher is the `start` or the `ema` of this run.
-    `solver`, `steps`, `guidance`: every gear's defaults.
+    `solver`, `steps`, `guidance`: every gear's defaults. `flip`: half of the images are mirrored.
     """
 
     name: str
@@ -65,6 +67,7 @@ class ExitsRecipe:
     teacher: str = "start"
     bf16: bool = True
     seed: int = 1
+    flip: bool = False
 
 
 def sorted_rows(depths: NDArray[np.int64]) -> tuple[Tensor, list[int]]:
@@ -78,11 +81,11 @@ def loss_weights(kind: object, u: Tensor) -> Tensor:
     if kind == "none":
         return torch.ones_like(u)
     if kind == "snr_clip":
-        grid = (torch.arange(1000) + 0.5) / 1000
+        grid = (torch.arange(1000, device=u.device) + 0.5) / 1000
         return snr_clip(u) / snr_clip(grid).mean()
     if not isinstance(kind, Sequence) or isinstance(kind, str):
         raise UserError(f"loss_weight must be none, snr_clip or numbers per bin, got {kind!r}")
-    table = torch.tensor(kind, dtype=torch.float32)
+    table = torch.tensor(kind, dtype=torch.float32, device=u.device)
     return table[(u * len(table)).long().clamp(max=len(table) - 1)] / table.mean()
 
 
@@ -93,14 +96,25 @@ def snr_clip(u: Tensor) -> Tensor:
 
 
 def fine_tune(
-    model: Backbone, recipe: ExitsRecipe, optim: Optim, batches: Batches, choose: Depths, out: Path, label: str
+    model: Backbone,
+    recipe: ExitsRecipe,
+    optim: Optim,
+    batches: Batches,
+    choose: Depths,
+    out: Path,
+    session: Session = HERE,
 ) -> Trained:
-    """Train with a depth per row chosen from its time; what `frozen_in_exits` names stays frozen."""
+    """Train with a depth per row chosen from its time; what `frozen_in_exits` names stays frozen.
+
+    Times are drawn on the CPU: depths must be known there before a step begins.
+    """
     if not 0 <= recipe.distill <= 1 or recipe.teacher not in ("start", "ema"):
         raise UserError("distill must be in [0, 1] and teacher either start or ema")
-    n, full = optim.batch, model.depth
+    n, full, device = optim.batch, model.depth, device_of(model)
     ema = copy.deepcopy(model).requires_grad_(False)
     teacher = ema if recipe.teacher == "ema" else copy.deepcopy(ema)
+    if optim.compile and recipe.distill and optim.steps:
+        compile_in_place(teacher)
 
     def full_depth(x: Tensor, u: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
@@ -110,10 +124,11 @@ def fine_tune(
         x0, y = batches.draw(n)
         u = sample_times(n, recipe.logit_normal)
         order, depths = sorted_rows(choose(u.double().numpy()))
-        x0, y, u = x0[order], y[order], u[order]
+        order, u = to(device, order, u[order])
+        x0, y = x0[order], y[order]
         x, v = perturb(x0, u)
         target = v
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+        with half(device, recipe.bf16):
             guess, _ = model(x, model.condition(u, y), depths)
             early = sum(d == full for d in depths)
             if recipe.distill and early < n:
@@ -122,7 +137,8 @@ def fine_tune(
         per_row = (guess.float() - target).square().mean((1, 2, 3))
         return (loss_weights(recipe.loss_weight, u) * per_row).mean()
 
-    return train(model, optim, loss, out, label=label, freeze=model.frozen_in_exits(), ema=ema)
+    frozen = model.frozen_in_exits()
+    return train(model, optim, loss, out, label=out.name, freeze=frozen, ema=ema, session=session)
 
 
 @torch.no_grad()
@@ -135,7 +151,7 @@ def error_table(
     for b in range(bins):
         torch.manual_seed(1000 + b)
         x0, y = batches.draw(rows)
-        u = (b + torch.rand(rows)) / bins
+        u = (b + torch.rand(rows, device=batches.device)) / bins
         x, v = perturb(x0, u)
         modulation = model.condition(u, y)
         for i, depth in enumerate(depths):
@@ -164,17 +180,18 @@ def schedules(
 
 
 def train_exits(
-    model: Backbone, recipe: ExitsRecipe, images: Images, labels: Labels, out: Path
+    model: Backbone, recipe: ExitsRecipe, images: Images, labels: Labels, out: Path, session: Session = HERE
 ) -> tuple[Backbone, dict[str, ExitSchedule], dict[str, Any]]:
     """Explore, optimise, fine-tune. Returns the averaged network, a schedule per gear, the summary."""
     torch.manual_seed(recipe.seed)
-    batches = Batches(images, labels, model.null_label, recipe.label_dropout)
+    device = device_of(model.to(session.device))
+    batches = Batches(images, labels, model.null_label, recipe.label_dropout, flip=recipe.flip, device=device)
     depths = range(max(recipe.shallowest, model.always), model.depth + 1)
 
     def anywhere(u: NDArray[np.float64]) -> NDArray[np.int64]:
         return torch.randint(depths.start, depths.stop, (len(u),)).numpy()
 
-    explored = fine_tune(model, recipe, recipe.explore, batches, anywhere, out / "explore", "explore")
+    explored = fine_tune(model, recipe, recipe.explore, batches, anywhere, out / "explore", session)
     assert isinstance(explored.ema, Backbone)
     knowing = explored.ema
 
@@ -192,14 +209,15 @@ def train_exits(
         whole = torch.rand(len(u)).numpy() < recipe.full_share
         return np.where(whole, model.depth, early[gear, np.arange(len(u))])
 
-    tuned = fine_tune(knowing.requires_grad_(True), recipe, recipe.optim, batches, by_gear, out / "gears", "gears")
+    knowing.requires_grad_(True)
+    tuned = fine_tune(knowing, recipe, recipe.optim, batches, by_gear, out / "gears", session)
     assert isinstance(tuned.ema, Backbone)
     per_bin = {name: plan(s, [e - 0.5 / recipe.bins for e in equal_edges(recipe.bins)]) for name, s in chosen.items()}
     append_log(out, gears=per_bin)
     summary = {
         "loss": tuned.loss,
         "seconds": explored.seconds + tuned.seconds,
-        "steps": recipe.explore.steps + recipe.optim.steps,
+        "steps": explored.steps + tuned.steps,
         "schedules": per_bin,
     }
     return tuned.ema, chosen, summary

@@ -14,11 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from models.training.checkpoint import Progress, append_log, load_checkpoint, save_checkpoint
+from models.training.compiling import compile_in_place
+from models.training.session import HERE, Paused, Session
+
+LOOK = 50  # steps between looks at the loss where a look waits for the device
 
 
 @dataclass(frozen=True)
 class Optim:
-    """How to descend. `steps` updates of `batch` rows; lr warms up linearly, then falls as a cosine."""
+    """How to descend. `steps` updates of `batch` rows; lr warms up linearly, then falls as a cosine.
+
+    `minutes` > 0: the cosine runs over so many minutes of all sessions together, unless `steps` are done before, and
+    the run ends with it. `compile`: the network by torch.compile, on CUDA, where there is a compiler.
+    """
 
     steps: int
     batch: int = 128
@@ -29,6 +37,16 @@ class Optim:
     ema: float = 0.999
     clip: float = 1.0
     checkpoint_every: int = 500
+    minutes: float = 0.0
+    compile: bool = False
+
+    def spent(self, seconds: float) -> float:
+        """The share of the minutes that is gone; 0 where there is no such limit."""
+        return seconds / (60.0 * self.minutes) if self.minutes else 0.0
+
+    def left(self, seconds: float) -> float:
+        """Seconds that are left of the minutes."""
+        return 60.0 * self.minutes - seconds if self.minutes else math.inf
 
 
 @dataclass(frozen=True)
@@ -41,12 +59,16 @@ class Trained:
     steps: int
 
 
-def learning_rate(optim: Optim, step: int) -> float:
-    """Linear warm-up, then cosine to zero at `steps`."""
+def learning_rate(optim: Optim, step: int, spent: float = 0.0, restarted: int = 0) -> float:
+    """Linear warm-up, then cosine to zero at `steps`, or when the share `spent` of the minutes is 1.
+
+    From step `restarted` on, where moments began anew, it warms up again.
+    """
     if step < optim.warmup:
         return optim.lr * (step + 1) / optim.warmup
-    progress = (step - optim.warmup) / max(1, optim.steps - optim.warmup)
-    return 0.5 * optim.lr * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = max(spent, (step - optim.warmup) / max(1, optim.steps - optim.warmup))
+    again = min(1.0, (step + 1 - restarted) / optim.warmup) if restarted else 1.0
+    return again * 0.5 * optim.lr * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def make_optimizer(optim: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -60,14 +82,21 @@ def make_optimizer(optim: Optim, parameters: Iterable[nn.Parameter]) -> torch.op
     raise ValueError(f"optim.algorithm must be adamw or sgd, got {optim.algorithm!r}")
 
 
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Average weights and buffers; the decay warms up as min(decay, (1+s)/(10+s))."""
-    decay = min(decay, (1 + step) / (10 + step))
-    for old, new in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
-        if old.is_floating_point():
-            old.lerp_(new, 1 - decay)
-        else:
+class Averager:
+    """Averages the weights and buffers of a model into `ema`, a copy of it."""
+
+    def __init__(self, ema: nn.Module, model: nn.Module) -> None:
+        pairs = list(zip(ema.state_dict().values(), model.state_dict().values(), strict=True))
+        self.means = [old for old, _ in pairs if old.is_floating_point()]
+        self.values = [new for _, new in pairs if new.is_floating_point()]
+        self.counts = [(old, new) for old, new in pairs if not old.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, decay: float, step: int) -> None:
+        """The decay warms up as min(decay, (1+s)/(10+s)); what is no float is copied."""
+        decay = min(decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.means, self.values, 1 - decay)
+        for old, new in self.counts:
             old.copy_(new)
 
 
@@ -80,49 +109,73 @@ def train(
     label: str,
     freeze: Iterable[nn.Module] = (),
     ema: nn.Module | None = None,
+    session: Session = HERE,
 ) -> Trained:
     """Run `loss(step).backward()` for `optim.steps` steps, resuming from a checkpoint in `out`.
 
-    `loss` draws its own batch, from torch's global generator, which is checkpointed with the rest. `ema`: a copy of
+    `loss` draws its own batch, from torch's global generators, which are checkpointed with the rest. `ema`: a copy of
     `model` to average into, for a loss that looks at it.
+
+    Raises:
+        Paused: the session was over first; the checkpoint is written.
+        FloatingPointError: the loss is not finite: on the CPU at that step, on CUDA at the next of every LOOK.
     """
     for module in freeze:
         module.requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(optim, parameters)
-    ema = copy.deepcopy(model) if ema is None else ema
-    ema.requires_grad_(False)
-    resumed = load_checkpoint(out, model, ema, optimizer)
-    start, mean = resumed.step, resumed.loss
+    average = copy.deepcopy(model) if ema is None else ema
+    average.requires_grad_(False)
+    resumed = load_checkpoint(out, model, average, optimizer)
+    step, mean, averager = resumed.step, torch.tensor(resumed.loss, dtype=torch.float64), Averager(average, model)
+    done = step >= optim.steps or optim.spent(resumed.seconds) >= 1
+    if optim.compile and not done:
+        compile_in_place(model)
     model.train()
     began = time.perf_counter()
 
     def seconds() -> float:
         return resumed.seconds + time.perf_counter() - began
 
-    for step in range(start, optim.steps):
+    def keep() -> None:
+        stand = Progress(step, mean.item(), seconds(), resumed.restarted)
+        save_checkpoint(out, stand, model, average, optimizer)
+        append_log(out, label=label, step=step, loss=stand.loss, seconds=stand.seconds)
+
+    while not done:
+        if session.over:
+            keep()
+            raise Paused(label, step, optim.steps)
+        spent = optim.spent(seconds())
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(optim, step)
+            group["lr"] = learning_rate(optim, step, spent, resumed.restarted)
         value = loss(step)
-        if not math.isfinite(now := value.item()):
+        mean = averaged(mean, value.detach().double(), first=step == 0)
+        done = step + 1 == optim.steps or spent >= 1
+        looks = value.device.type == "cpu" or (step + 1) % LOOK == 0 or done
+        if looks and not math.isfinite(now := mean.item()):
             raise FloatingPointError(f"{label}: loss is {now} at step {step}; lower optim.lr")
         value.backward()
         nn.utils.clip_grad_norm_(parameters, optim.clip)
         optimizer.step()
         optimizer.zero_grad()
-        update_ema(ema, model, optim.ema, step)
-        mean = now if math.isnan(mean) else 0.98 * mean + 0.02 * now
-        if (step + 1) % 50 == 0 or step + 1 == optim.steps:
-            progress(label, step + 1, optim.steps, mean, (time.perf_counter() - began) / (step + 1 - start))
-        if (step + 1) % optim.checkpoint_every == 0 or step + 1 == optim.steps:
-            save_checkpoint(out, Progress(step + 1, mean, seconds()), model, ema, optimizer)
-            append_log(out, label=label, step=step + 1, loss=mean, seconds=seconds())
-    return Trained(ema.eval(), mean, seconds(), optim.steps)
+        averager.update(optim.ema, step)
+        step += 1
+        if step % 50 == 0 or done:
+            left = (time.perf_counter() - began) / (step - resumed.step) * (optim.steps - step)
+            progress(label, step, optim.steps, mean.item(), min(left, optim.left(seconds())))
+        if step % optim.checkpoint_every == 0 or done:
+            keep()
+    return Trained(average.eval(), mean.item(), seconds(), step)
 
 
-def progress(label: str, step: int, steps: int, loss: float, per_step: float) -> None:
-    """One line on stderr, rewritten in place on a terminal."""
-    left = per_step * (steps - step)
+def averaged(mean: Tensor, value: Tensor, first: bool) -> Tensor:
+    """The running mean of the loss, where the loss is."""
+    return value if first else 0.98 * mean.to(value.device) + 0.02 * value
+
+
+def progress(label: str, step: int, steps: int, loss: float, left: float) -> None:
+    """One line on stderr, rewritten in place on a terminal; `left` in seconds."""
     end = "\r" if sys.stderr.isatty() and step < steps else "\n"
     bar = "#" * (20 * step // steps)
     line = f"{label} [{bar:<20}] {step}/{steps} loss {loss:.4f} {left / 60:.1f} min left"

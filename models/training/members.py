@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +16,9 @@ from torch.nn import functional as F
 
 from models.backbones.resnet import ResNet, ResNetConfig
 from models.store import write_model
-from models.tasks.classifier import to_pixels
 from models.training.data import Images, Split, Splits
 from models.training.loop import Optim, train
+from models.training.session import HERE, Session, device_of, half
 from models.uncertainty.scores import fit_temperature, log_softmax, mean_log_probability
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -45,16 +46,22 @@ class MembersRecipe:
     seed: int = 0
 
 
+def pixels_of(images: Images, device: torch.device) -> Tensor:
+    """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1], on the device."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255.0
+
+
 def random_shift(x: Tensor, most: int) -> Tensor:
     """Shift every image (N, C, H, W) by up to `most` pixels each way, zeros coming in."""
     if not most:
         return x
-    n, _, h, w = x.shape
+    (n, _, h, w), device = x.shape, x.device
     padded = F.pad(x, [most] * 4)
-    dy, dx = torch.randint(0, 2 * most + 1, (2, n))
-    rows = (dy[:, None] + torch.arange(h))[:, None, :, None]
-    cols = (dx[:, None] + torch.arange(w))[:, None, None, :]
-    return padded[torch.arange(n)[:, None, None, None], torch.arange(x.shape[1])[None, :, None, None], rows, cols]
+    dy, dx = torch.randint(0, 2 * most + 1, (2, n), device=device)
+    rows = (dy[:, None] + torch.arange(h, device=device))[:, None, :, None]
+    cols = (dx[:, None] + torch.arange(w, device=device))[:, None, None, :]
+    image, channel = torch.arange(n, device=device), torch.arange(x.shape[1], device=device)
+    return padded[image[:, None, None, None], channel[None, :, None, None], rows, cols]
 
 
 def augment(x: Tensor, shift: int, flip: bool) -> Tensor:
@@ -63,19 +70,23 @@ def augment(x: Tensor, shift: int, flip: bool) -> Tensor:
     A shift of 4 is the random crop after padding by 4 of He et al. (CVPR 2016).
     """
     x = random_shift(x, shift)
-    return torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x) if flip else x
+    return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x) if flip else x
 
 
 def epoch_rows(n: int, batch: int, step: int, seed: int) -> torch.Tensor:
     """Rows of minibatch `step` when every epoch is a fresh permutation of n rows; stateless."""
-    per_epoch = n // batch
-    epoch, at = divmod(step, per_epoch)
-    order = np.random.default_rng((seed, epoch)).permutation(n)
-    return torch.from_numpy(order[at * batch : (at + 1) * batch])
+    epoch, at = divmod(step, n // batch)
+    return epoch_order(n, seed, epoch)[at * batch : (at + 1) * batch]
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
+    """The permutation of n rows that is an epoch; not to be written to."""
+    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))
 
 
 def channels_last(model: Network) -> Network:
-    """The same network with its convolutions laid out for the CPU's faster kernels."""
+    """The same network with its convolutions laid out for the faster kernels."""
     for parameter in model.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -84,34 +95,35 @@ def channels_last(model: Network) -> Network:
 
 @torch.no_grad()
 def predict(model: ResNet, images: Images, batch: int = 1000) -> Tensor:
-    """Logits (N, K) of uint8 images (N, H, W, C), inference mode."""
-    model.eval()
-    return torch.cat([model(to_pixels(images[i : i + batch])) for i in range(0, len(images), batch)])
+    """Logits (N, K), on the CPU, of uint8 images (N, H, W, C), inference mode."""
+    device = device_of(model.eval())
+    starts = range(0, len(images), batch)
+    return torch.cat([model(pixels_of(images[i : i + batch], device)) for i in starts]).cpu()
 
 
-def train_members(recipe: MembersRecipe, splits: Splits, out: Path) -> dict[str, Any]:
+def train_members(recipe: MembersRecipe, splits: Splits, out: Path, session: Session = HERE) -> dict[str, Any]:
     """Train and write the ensemble to `out`/<name>; returns the summary."""
     split = splits.train[slice(0, recipe.images)]
-    x, y = to_pixels(split.images), torch.from_numpy(split.labels)
+    x, y = pixels_of(split.images, session.device), torch.from_numpy(split.labels).to(session.device)
     files, rows, seconds = {}, [], 0.0
     for index in range(recipe.members + recipe.pool):
         seed = recipe.seed + index + 1
         torch.manual_seed(seed)
-        model = channels_last(ResNet(recipe.network))
+        model = channels_last(ResNet(recipe.network).to(session.device))
 
         def loss(step: int, model: ResNet = model, seed: int = seed) -> Tensor:
-            rows = epoch_rows(len(y), recipe.optim.batch, step, seed)
+            rows = epoch_rows(len(y), recipe.optim.batch, step, seed).to(y.device, non_blocking=True)
             batch = augment(x[rows], recipe.shift, recipe.flip).contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+            with half(y.device, recipe.bf16):
                 logits = model(batch)
             return F.cross_entropy(logits.float(), y[rows])
 
         label = f"member-{index + 1}"
-        done = train(model, recipe.optim, loss, out / "runs" / recipe.name / label, label=label)
+        done = train(model, recipe.optim, loss, out / "runs" / recipe.name / label, label=label, session=session)
         member = done.ema
         assert isinstance(member, ResNet)
         seconds += done.seconds
-        fitted = (predict(member, split.images).argmax(1) == y).float().mean().item()
+        fitted = (predict(member, split.images).argmax(1) == y.cpu()).float().mean().item()
         chosen = splits.selection
         held = (predict(member, chosen.images).argmax(1).numpy() == chosen.labels).mean()
         rows.append({"member": index + 1, "seed": seed, "train_accuracy": fitted, "selection_accuracy": float(held)})

@@ -19,9 +19,10 @@ from models.bridge.mixture import mixture
 from models.bridge.process import TEMPERATURE
 from models.bridge.sample import run_bridge
 from models.store import write_model
-from models.tasks.classifier import to_pixels
 from models.training.bridge import PAIRS, BridgeRecipe, Run
 from models.training.data import Split
+from models.training.members import pixels_of
+from models.training.session import device_of
 from models.uncertainty.scores import fit_temperature, log_softmax, nll, soften
 
 Floats = NDArray[np.float64]
@@ -57,9 +58,9 @@ class Validation:
     @torch.inference_mode()
     def seen(self) -> tuple[Tensor, Tensor, Tensor]:
         """Taps (N, C, H, W), features (N, F) and logits (N, K) of the source."""
-        parts = []
+        parts, device = [], device_of(self.source)
         for i in range(0, len(self.split), 1000):
-            tap = self.source.tap(to_pixels(self.split.images[i : i + 1000]))
+            tap = self.source.tap(pixels_of(self.split.images[i : i + 1000], device))
             late = self.source.features(tap)
             parts.append((tap, late, self.source.fc(late)))
         taps, features, logits = (torch.cat(p) for p in zip(*parts, strict=True))
@@ -70,13 +71,13 @@ class Validation:
         if (name, evaluations) not in self.answers:
             rows = zip(*(t.split(1000) for t in self.seen), strict=True)
             z = [run_bridge(network, tap, own, evaluations, TEMPERATURE, late) for tap, late, own in rows]
-            self.answers[name, evaluations] = log_softmax(torch.cat(z).double().numpy())
+            self.answers[name, evaluations] = log_softmax(torch.cat(z).double().cpu().numpy())
         return self.answers[name, evaluations]
 
     def score(self, networks: Mapping[str, BridgeNetwork], evaluations: int = 1, source_weight: float = 0.0) -> Served:
         """The mixture of some networks at its best temperature."""
         each = np.stack([self.log_probabilities(n, net, evaluations) for n, net in networks.items()], 1)
-        log_p = mixture(each, log_softmax(self.seen[2].double().numpy()), source_weight)
+        log_p = mixture(each, log_softmax(self.seen[2].double().cpu().numpy()), source_weight)
         temperature = fit_temperature(log_p, self.split.labels)
         value = nll(soften(log_p, temperature), self.split.labels)
         return Served(tuple(networks), evaluations, source_weight, temperature, value)

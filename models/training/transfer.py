@@ -22,13 +22,14 @@ from torch import Tensor
 from models.api import GenerateWork
 from models.backbones.resnet import ResNet
 from models.store import read_config, weights_digest
-from models.tasks.classifier import to_pixels
 from models.tasks.generator import load
 from models.training.data import Images
-from models.training.members import augment
+from models.training.members import augment, pixels_of
 from models.training.recipe import RecipeError
+from models.training.session import device_of
 
 CHUNK = 1000
+MOST = {"cpu": 4 << 30, "cuda": 32 << 30}  # bytes of taps that are worth keeping
 FIRST_SEED = 10_000_000  # far from the seeds that evaluations draw
 
 
@@ -62,20 +63,41 @@ class Transfer:
 @dataclass(frozen=True)
 class Cache:
     """Pixels (N, C, H, W), taps of the source (N, C', H', W') and its features (N, F) in float16, every member's
-    logits (N, M, K) in float32."""
+    logits (N, M, K) in float32.
+
+    Where all taps would take too much room there are none, and `source` makes those of a minibatch when asked.
+    """
 
     pixels: Tensor
     taps: Tensor
     features: Tensor
     logits: Tensor
+    source: ResNet | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device) -> Cache:
+        """The same on a device, where `source` is already."""
+        return Cache(**{name: tensor.to(device) for name, tensor in self.tensors().items()}, source=self.source)
+
+    def see(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Taps (n, C', H', W') and features (n, F) of some rows, float32."""
+        late = self.features[rows].float()
+        if self.source is None or len(self.taps):
+            return self.taps[rows].float(), late
+        with torch.no_grad():
+            return self.source.tap(self.pixels[rows].float()), late
 
 
 def mixed_up(x: Tensor, share: float, alpha: float) -> Tensor:
     """A share of the images (N, C, H, W) mixed with another, weights from Beta(alpha, alpha)."""
     n = len(x)
-    weight = torch.distributions.Beta(alpha, alpha).sample((n,))
-    weight = torch.where(torch.rand(n) < share, weight, torch.ones(n))[:, None, None, None]
-    return weight * x + (1 - weight) * x[torch.randperm(n)]
+    weight = torch.distributions.Beta(alpha, alpha).sample((n,)).to(x.device)
+    mixed = torch.rand(n, device=x.device) < share
+    weight = torch.where(mixed, weight, torch.ones_like(weight))[:, None, None, None]
+    return weight * x + (1 - weight) * x[torch.randperm(n, device=x.device)]
 
 
 def diversified(x: Tensor, member: ResNet, size: float) -> Tensor:
@@ -120,9 +142,18 @@ def drawn(folder: Path, n: int, steps: int, seed: int, path: Path) -> Images:
 
 
 def build(
-    transfer: Transfer, members: list[ResNet], seen: Images, held_out: Images, generate: Callable[[], Images]
+    transfer: Transfer,
+    members: list[ResNet],
+    seen: Images,
+    held_out: Images,
+    generate: Callable[[], Images],
+    most: int | None = None,
 ) -> Cache:
-    """The transfer set of `members`; `generate` is asked only where generated images are wanted."""
+    """The transfer set of `members`, where they are; `generate` is asked only where generated images are wanted.
+
+    Taps of more than `most` bytes, those of `MOST` if None, are not kept.
+    """
+    device = device_of(members[0])
     torch.manual_seed(transfer.seed + 77)
     shares = {"seen": transfer.seen, "held_out": transfer.held_out, "generated": transfer.generated}
     if abs(sum(shares.values()) - 1.0) > 1e-6:
@@ -135,48 +166,52 @@ def build(
         if not len(images := origins[name]()):
             raise RecipeError(f"transfer: there are no {name} images, set {name} to 0")
         passes = -(-wanted // len(images))
-        rows.append(to_pixels(images)[torch.cat([torch.randperm(len(images)) for _ in range(passes)])[:wanted]])
+        order = torch.cat([torch.randperm(len(images), device=device) for _ in range(passes)])
+        rows.append(pixels_of(images, device)[order[:wanted]])
     x = torch.cat(rows)
-    x = augment(x[torch.randperm(len(x))], transfer.shift, transfer.flip)
+    x = augment(x[torch.randperm(len(x), device=device)], transfer.shift, transfer.flip)
     x = mixed_up(x, transfer.mixup_share, transfer.mixup_alpha)
-    return answered(members, moved(x, members, transfer))
+    return answered(members, moved(x, members, transfer), most)
 
 
 def moved(x: Tensor, members: list[ResNet], transfer: Transfer) -> Tensor:
     """A share of the rows after ODS, each chunk along a member drawn at random."""
     for chunk in x.split(CHUNK) if transfer.ods_share else ():
         away = diversified(chunk, members[int(torch.randint(len(members), ()))], transfer.ods_size)
-        taken = torch.rand(len(chunk)) < transfer.ods_share
+        taken = torch.rand(len(chunk), device=x.device) < transfer.ods_share
         chunk[taken] = away[taken]
     return x
 
 
 @torch.inference_mode()
-def answered(members: list[ResNet], x: Tensor) -> Cache:
-    """What source and members say of pixels (N, C, H, W)."""
+def answered(members: list[ResNet], x: Tensor, most: int | None = None) -> Cache:
+    """What source and members say of pixels (N, C, H, W); `most` as `build` has it."""
+    most = MOST[x.device.type] if most is None else most
     pixels, taps, features, logits = [], [], [], []
     for chunk in x.half().split(CHUNK):
         tap = members[0].tap(chunk.float())
         late = members[0].features(tap)
         pixels.append(chunk)
-        taps.append(tap.half())
+        kept = tap.half() if 2 * tap[0].numel() * len(x) <= most else tap.half()[:0]
+        taps.append(kept)
         features.append(late.half())
         logits.append(torch.stack([members[0].fc(late), *(m(chunk.float()) for m in members[1:])], 1))
-    return Cache(torch.cat(pixels), torch.cat(taps), torch.cat(features), torch.cat(logits))
+    return Cache(torch.cat(pixels), torch.cat(taps), torch.cat(features), torch.cat(logits), members[0])
 
 
 def cached(
     transfer: Transfer, ensemble: Path, generator: Path, members: list[ResNet], train: Images, out: Path
 ) -> Cache:
-    """The transfer set of an ensemble's folder, from `out`/transfer where it was built before.
+    """The transfer set of an ensemble's folder, from `out`/transfer where it was built before on a CPU.
 
-    `train` are all training images; the ensemble's config says how many of them its members saw.
+    `train` are all training images; the ensemble's config says how many of them its members saw. The cache lies where
+    the members do.
     """
     config = read_config(ensemble, "ensemble")
     digest = hashlib.sha256(json.dumps([weights_digest(config["files"]), asdict(transfer)]).encode()).hexdigest()
     path = out / "transfer" / f"{digest[:16]}.safetensors"
     if path.is_file():
-        return Cache(**load_file(path))
+        return Cache(**load_file(path), source=members[0]).to(device_of(members[0]))
     cut = config["trained_on"]["images"]
     kept = out / "transfer" / f"{generator.name}-{transfer.pool}-{transfer.steps}-{transfer.seed}.safetensors"
 
@@ -184,6 +219,8 @@ def cached(
         return drawn(generator, transfer.pool, transfer.steps, transfer.seed, kept)
 
     cache = build(transfer, members, train[:cut], train[cut:], generate)
+    if cache.logits.device.type == "cuda":
+        return cache  # made in less time than a disk takes
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(vars(cache), path)
+    save_file(cache.tensors(), path)
     return cache

@@ -14,7 +14,7 @@ from models.backbones.macs import count_macs
 from models.backbones.resnet import BasicBlock, FilterResponseNorm, ResNet, ResNetConfig
 from models.store import ZOO, read_config
 from models.tasks.classifier import load_classifier, load_members, to_pixels
-from models.training.bridge import BridgeRecipe, Run, train_run
+from models.training.bridge import BridgeRecipe, Run, train_all, train_run
 from models.training.data import DataError, Split, Splits, read_folder
 from models.training.loop import Optim
 from models.training.members import MembersRecipe, augment, train_members
@@ -167,3 +167,31 @@ def test_a_dry_run_loads_as_a_classifier(tmp_path):
 
 def shrunk(optim: Optim) -> Optim:
     return dataclasses.replace(optim, steps=3, batch=8, warmup=1)
+
+
+def test_taps_that_are_not_kept_are_made_anew(tmp_path):
+    """The same pixels and logits, the same taps up to their rounding to float16, and so the same training."""
+    torch.manual_seed(0)
+    shape = dataclasses.replace(ENSEMBLE.network, width=8, blocks=1)
+    members = [ResNet(shape).eval().requires_grad_(False) for _ in range(2)]
+    images = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
+    transfer = dataclasses.replace(BRIDGE.transfer, rows=30)
+    kept, bare = (build(transfer, members, images, images[:0], lambda: images[:0], most) for most in (1 << 20, 0))
+    assert (len(kept.taps), len(bare.taps)) == (30, 0)
+    for name in ("pixels", "features", "logits"):
+        assert torch.equal(getattr(kept, name), getattr(bare, name))
+    rows = torch.tensor([3, 29, 0])
+    for mine, other in zip(kept.see(rows), bare.see(rows), strict=True):
+        torch.testing.assert_close(mine, other, rtol=2**-10, atol=1e-4)
+    torch.testing.assert_close(kept.see(slice(4, 9)), bare.see(slice(4, 9)), rtol=2**-10, atol=1e-4)
+
+    network = dataclasses.replace(BRIDGE.network, tap_channels=8, widths=(8, 8), strides=(1, 2), expands=(1, 2))
+    gentle = Optim(steps=4, batch=8, lr=0.01, warmup=0, algorithm="sgd")
+    recipe = dataclasses.replace(BRIDGE, network=network, optim=gentle, distill=gentle, bf16=False)
+    runs = [Run("bridge-1", "bridge", 1, (0, 1)), Run("distilled-1", "distilled", 1, (0, 1))]
+    ends = [train_all(recipe, runs, cache, {}, tmp_path / str(len(cache.taps))) for cache in (kept, bare)]
+    for run in runs:
+        mine, other = (end[run.name].ema.state_dict() for end in ends)
+        for name in mine:
+            torch.testing.assert_close(mine[name], other[name], rtol=1e-3, atol=1e-4)
+    assert not members[0].training

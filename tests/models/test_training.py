@@ -253,6 +253,10 @@ def test_shipped_recipes_parse():
 
     folder = ZOO.parent / "training" / "recipes"
     kinds = {
+        "cifar-uvit": DiffusionRecipe,
+        "cifar-dit": DiffusionRecipe,
+        "cifar-exits": ExitsRecipe,
+        "cifar-dit-exits": ExitsRecipe,
         "cifar-ensemble": MembersRecipe,
         "cifar-bridge": BridgeRecipe,
         "fashion-dit": DiffusionRecipe,
