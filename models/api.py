@@ -468,9 +468,12 @@ class Runtime:
         budget_s: seconds that backend `auto` may measure.
         cache: folder for exported segments.
         force_schedules: serve exit schedules that were tuned for other weights.
+        precision: what diffusion networks run in: fp32, bf16, or auto, which is bf16 on CUDA where the model promises
+            that its numbers hold in it.
     """
 
     backend: str = "eager"
     budget_s: float = 60.0
     cache: str = ".offramp/cache"
     force_schedules: bool = False
+    precision: str = "auto"

@@ -46,6 +46,7 @@ BACKENDS = {
     "compiled": "models.backends.compiled:build",
     "onnx": "models.backends.onnx:build",
     "cudagraph": "models.backends.cudagraph:build",
+    "compiled_cudagraph": "models.backends.cudagraph:build_compiled",
     "auto": "models.backends.auto:build",
 }
 TASKS = {

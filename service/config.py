@@ -29,9 +29,15 @@ class Settings(BaseSettings):
         0, ge=0, le=1024, description="Torch threads of a worker; 0: OMP_NUM_THREADS, or one less than the cores."
     )
     backend: str = Field(
-        "eager", description="How a network runs: eager, compiled, onnx, cudagraph, or auto (measured at load)."
+        "eager",
+        description="How networks run: eager, compiled, onnx, cudagraph, compiled_cudagraph, or auto (measured).",
     )
     backend_budget_s: float = Field(60.0, gt=0.0, le=3600.0, description="Longest that auto may build and measure.")
+    precision: str = Field(
+        "auto",
+        pattern="^(auto|fp32|bf16)$",
+        description="Diffusion networks: fp32, bf16, or auto: bf16 on CUDA where the model promises its numbers in it.",
+    )
     cache_dir: Path = Field(Path(".offramp/cache"), description="Where backend onnx keeps what it exports.")
     force_schedules: bool = Field(
         False, description="Serve exit schedules that were tuned for other weights, instead of refusing."

@@ -14,12 +14,12 @@ from statistics import geometric_mean, median
 import torch
 from torch import Tensor
 
-from models.backends.interface import CONDITION_BLOCK, TOLERANCE, Backend, BackendUnavailable, Setup, relative_error
+from models.backends.interface import CONDITION_BLOCK, Backend, BackendUnavailable, Setup, relative_error
 from models.backends.parts import example_rows
 from models.registry import BACKENDS, resolve
 
-CANDIDATES = {"cpu": ("onnx", "compiled"), "cuda": ("cudagraph", "onnx", "compiled")}
-SLOW = {"compiled": 120.0}  # seconds of budget below which a build is not begun
+CANDIDATES = {"cpu": ("onnx", "compiled"), "cuda": ("cudagraph", "onnx", "compiled_cudagraph", "compiled")}
+SLOW = {"compiled": 120.0, "compiled_cudagraph": 120.0}  # seconds of budget below which a build is not begun
 BUILDING, MEASURING = 0.75, 0.25  # shares of the budget
 ROWS = (1, 2, 8, 32)
 REPEATS, ENOUGH = 15, 3
@@ -119,7 +119,7 @@ def compare(eager: Backend, rivals: Sequence[Rival], setup: Setup, measure: Meas
         began = time.monotonic()
         probe = Probe.make(setup, rows)
         for rival in rivals:
-            rival.fault = rival.fault or fault(rival.backend, eager, probe)
+            rival.fault = rival.fault or fault(rival.backend, eager, probe, setup.tolerance)
         left = {rival: list[float]() for rival in rivals if not rival.fault}
         for repeat in range(REPEATS if left else 0):
             if repeat >= ENOUGH and time.monotonic() > deadline:
@@ -133,7 +133,7 @@ def compare(eager: Backend, rivals: Sequence[Rival], setup: Setup, measure: Meas
             break
 
 
-def fault(backend: Backend, eager: Backend, probe: Probe) -> str:
+def fault(backend: Backend, eager: Backend, probe: Probe, tolerance: float) -> str:
     """What the backend does worse than eager, or nothing: other numbers, or a row's bits changed by batch-mates."""
     rows = len(probe.depths)
     *expected, expected_ran = probe.run(eager)
@@ -142,7 +142,7 @@ def fault(backend: Backend, eager: Backend, probe: Probe) -> str:
     except Exception as error:
         return f"failed at {rows} rows: {error}"
     off = max(map(relative_error, found, expected))
-    if not off <= TOLERANCE or ran != expected_ran:
+    if not off <= tolerance or ran != expected_ran:
         return f"differs from eager by {off:.1e} at {rows} rows"
     for row in {0, rows - 1}:
         kept = torch.equal(probe.alone(eager, row), expected[1][row : row + 1])

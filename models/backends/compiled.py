@@ -1,4 +1,4 @@
-"""torch.compile: one program a part for one row and one for any more, weights packed into it (`freezing`)."""
+"""torch.compile: one program a part for one row and one for any more, on a CPU with packed weights (`freezing`)."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ def compile_part(part: Part) -> Program:
     # All parts of a kind share a code object, and dynamo counts recompilations by code object.
     torch._dynamo.config.recompile_limit += PROGRAMS_A_PART
     program: Program = torch.compile(part.run, dynamic=True, fullgraph=True, backend=COMPILER)
+    packed = part.example(1)[0].device.type == "cpu"
     try:
-        with warnings.catch_warnings(action="ignore"), torch._inductor.config.patch(freezing=True):
+        with warnings.catch_warnings(action="ignore"), torch._inductor.config.patch(freezing=packed):
             for rows in WARM_ROWS:
                 program(*part.example(rows))
     except Exception as error:

@@ -17,10 +17,12 @@ from torch import Tensor
 from models.api import UserError
 from models.backbones.interface import Backbone, Pieces, Segment, segments_between, sorted_prefix
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # of float32
+TOLERANCES = {"fp32": TOLERANCE, "bf16": 5e-2}  # eager bfloat16 is itself off by a hundredth
 
 
-CONDITION_BLOCK = 8  # rows of every call of `condition`, whatever the batch: a fixed shape keeps a row's bits its own
+# Rows of every call of `condition` on a CPU, whatever the batch: a fixed shape keeps a row's bits its own.
+CONDITION_BLOCK = 8
 
 
 class BackendUnavailable(UserError):
@@ -54,25 +56,32 @@ class Setup(Place):
         backbone: in eval mode, on `device`.
         depths: every depth that a row may ask for; segments are cut at these.
         deadline: `time.monotonic()` by which a build must be done.
+        precision: fp32 or bf16, what the backbone runs in.
     """
 
     backbone: Backbone
     depths: tuple[int, ...]
     deadline: float = math.inf
+    precision: str = "fp32"
 
     @property
     def segments(self) -> list[Segment]:
         """The longest segments that serve every depth."""
         return segments_between(self.backbone, self.depths)
 
+    @property
+    def tolerance(self) -> float:
+        """Largest relative error of a backend against the backbone op by op."""
+        return TOLERANCES[self.precision]
+
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected value; a backend's must be within TOLERANCE in float32."""
+    """Largest difference over the largest expected value."""
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 class Backend(Protocol):
-    """How a forward is executed: within TOLERANCE of the backbone itself.
+    """How a forward is executed: within the setup's tolerance of the backbone itself.
 
     `note` is one line for the log and the catalogue: which backend, what it cost, why it was picked.
     """
@@ -81,7 +90,7 @@ class Backend(Protocol):
     note: str
 
     def condition(self, t: Tensor, label: Tensor) -> Tensor:
-        """As `Backbone.condition`, for CONDITION_BLOCK rows."""
+        """As `Backbone.condition`, for CONDITION_BLOCK rows on a CPU, elsewhere for any that a batch may have."""
 
     def __call__(self, x: Tensor, condition: Tensor, depths: Sequence[int]) -> tuple[Tensor, list[int]]:
         """As `Backbone.forward`; the output is the caller's to keep."""

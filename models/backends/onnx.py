@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 def build(setup: Setup) -> Backend:
     """Load, or first export, every part. Unavailable without onnxruntime, or an exporter where one is needed."""
     began = time.monotonic()
+    if setup.precision != "fp32":
+        raise BackendUnavailable(f"exports run in fp32, this network in {setup.precision}: set OFFRAMP_PRECISION")
     exports, segments = Exports(setup), short_segments(setup)
     programs = make_programs(setup, segments, exports.program)
     took = time.monotonic() - began

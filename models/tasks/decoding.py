@@ -13,10 +13,14 @@ from models.codecs.interface import Codec
 SHARE = 8
 
 
+def levels(pixels: Tensor) -> Tensor:
+    """Pixels (N, C, H, W) in [-1, 1] -> levels (N, H, W, C), uint8, where they are."""
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+
+
 def to_uint8(pixels: Tensor) -> NDArray[np.uint8]:
-    """Pixels (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C)."""
-    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
-    out: NDArray[np.uint8] = levels.permute(0, 2, 3, 1).cpu().numpy()
+    """Levels (N, H, W, C) of pixels (N, C, H, W), on the host."""
+    out: NDArray[np.uint8] = levels(pixels).cpu().numpy()
     return out
 
 

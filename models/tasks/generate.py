@@ -1,13 +1,15 @@
 """/generate: early-exit diffusion sampling over a pool of slots.
 
 Every row carries its own time, solver, guidance and depth; a tick gathers the rows, runs the network
-sorted by depth, applies one fused update and scatters back. State is float32.
+sorted by depth, applies one fused update and scatters back. State is float32, whatever the network runs in. On CUDA
+nothing in a tick waits for the device but the end of the tick before; pixels of finished rows are copied beside the
+next tick, which is why a row has one step more there.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from models.api import GeneratedRow, GenerateWork, ModelInfo, SolverName, SolverOptions, StepStats, UserError
 from models.backbones.interface import Backbone
+from models.backends.cudagraph import CudaGraph
 from models.backends.interface import CONDITION_BLOCK, Backend
 from models.exits.plan import plan
 from models.registry import SOLVERS, resolve
@@ -26,10 +29,13 @@ from models.solvers.kernel import update
 from models.solvers.noise import normal
 from models.solvers.process import Process
 from models.solvers.table import INDEX, Trajectory
-from models.tasks.decoding import DecodeStage, to_uint8
+from models.tasks.decoding import DecodeStage, levels, to_uint8
+from models.tasks.device import OneAhead, Readback, cuda_mark, side_stream_copy
+from models.tasks.graphed import tick_graphs
 from models.tasks.pool import Ints, RowPool
 from models.tasks.receipts import receipt
 from models.tasks.saved import Kept, pack, unpack
+from models.tasks.tick import Tick
 
 START = -1
 
@@ -63,7 +69,11 @@ class GenerateTask:
         self.macs = macs or dict.fromkeys(range(model.depth + 1), 0)
         self.trajectory = lru_cache(64)(self._trajectory)
         self.gears = {gear.name: gear for gear in info.gears}
-        self.pool = RowPool(capacity, model.row_shape, device)
+        cuda = device.type == "cuda"
+        self.pool = RowPool(capacity, model.row_shape, device, spare=int(isinstance(backend, CudaGraph)))
+        self.graphs = tick_graphs(self.pool, backend, model)
+        self.readback = Readback(side_stream_copy(device)) if cuda and decoding is None else None
+        self.ahead = OneAhead(cuda_mark(device)) if cuda else None
 
     @torch.inference_mode()
     def admit(self, work: GenerateWork, indices: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
@@ -92,8 +102,9 @@ class GenerateTask:
         return left
 
     def _left(self, slots: Sequence[int]) -> list[int]:
-        """Steps to come: evaluations, and one to decode."""
-        left = self.pool.evaluations[list(slots)] - self.pool.done[list(slots)] + (self.decoding is not None)
+        """Steps to come: evaluations, and one to decode, or for the pixels to reach the host."""
+        more = self.decoding is not None or self.readback is not None
+        left = self.pool.evaluations[list(slots)] - self.pool.done[list(slots)] + more
         return [int(n) for n in left]
 
     def _place(self, work: GenerateWork, indices: Sequence[int], slots: Sequence[int]) -> Trajectory:
@@ -114,6 +125,8 @@ class GenerateTask:
         )
         if self.decoding:
             self.decoding.forget(slots)
+        if self.readback is not None:
+            self.readback.forget(slots)
         return trajectory
 
     def shift(self, work: GenerateWork, slots: Sequence[int]) -> None:
@@ -127,66 +140,77 @@ class GenerateTask:
 
     @torch.inference_mode()
     def step(self, slots: Sequence[int]) -> StepStats:
-        """One network evaluation and one update for every row that needs one; decodes some of those that do not."""
-        if self.decoding is None:
-            return self._draw(np.asarray(slots))
+        """One network evaluation and one update for every row that needs one; decodes some of those that do not.
+
+        On CUDA it returns when the tick before this one is done (see OneAhead).
+        """
         pool, listed = self.pool, np.asarray(slots)
         drawn = pool.done[listed] >= pool.evaluations[listed]
         drawing, ready = listed[~drawn], listed[drawn].tolist()
-        chosen = self.decoding.choose(ready, len(drawing))
-        pixels = self.decoding.decode(pool.x[pool.on_device(chosen)]) if chosen else None
+        chosen = self.decoding.choose(ready, len(drawing)) if self.decoding else []
+        pixels = self.decoding.decode(pool.x[pool.on_device(chosen)]) if self.decoding and chosen else None
         stats = self._draw(drawing) if len(drawing) else StepStats(rows=0)
-        if pixels is not None:
+        if self.decoding and pixels is not None:
             self.decoding.keep(chosen, pixels)
-        waiting = frozenset(ready) - frozenset(chosen)
+        if self.readback is not None:
+            self._send([slot for slot in ready if slot not in self.readback])
+        if self.ahead is not None:
+            self.ahead.queued()
+        waiting = frozenset(ready) - frozenset(chosen) if self.decoding else frozenset[int]()
         return replace(stats, rows=stats.rows + len(chosen), decoded=len(chosen), waiting=waiting)
 
     def _draw(self, slots: Ints) -> StepStats:
         """One evaluation of rows that have some to come; the pool is touched last, when nothing can fail any more."""
-        pool = self.pool
-        rows, at = pool.by_depth(slots)
-        here, e = pool.on_device(rows), pool.on_device(at)
-        coef = pool.coef[here, e]
-        x, s, h1, h2 = pool.states[:, here]
-        o, v, ran = self._network(rows, at, x * coef[:, INDEX["c_in"], None, None, None])
-        new = torch.stack(update(coef, x, s, h1, h2, o, self._noise(rows, at), v))
-        copies, bins = pool.copies[rows, at], np.minimum((pool.u[rows, at] * 10).astype(int), 9)
+        pool, tick = self.pool, Tick.of(self.pool, slots, self.model.null_label)
+        rows, at = tick.rows, tick.at
+        ran = self._run(tick)
+        copies, bins = tick.copies, np.minimum((pool.u[rows, at] * 10).astype(int), 9)
         stats = StepStats(
             rows=len(rows),
             layer_evals=int((ran * copies).sum()),
             layer_evals_full=int(self.model.depth * copies.sum()),
             depth_counts=Counter(zip(bins.tolist(), ran.tolist(), strict=True)),
         )
-        pool.advance(rows, at, new, ran)
+        pool.advance(rows, at, ran)
+        ended = rows[pool.done[rows] == pool.evaluations[rows]].tolist()
         if self.decoding:
-            self.decoding.enter(rows[pool.done[rows] == pool.evaluations[rows]].tolist())
+            self.decoding.enter(ended)
+        elif self.readback is not None:
+            self._send(ended)
         return stats
 
-    def _network(self, rows: Ints, at: Ints, x: Tensor) -> tuple[Tensor, Tensor | None, Ints]:
-        """Guided output and learned variance (N, C, H, W) of rows sorted by depth, and the blocks that each ran.
+    def _run(self, tick: Tick) -> Ints:
+        """Network and update of a tick's rows; the blocks that each ran."""
+        whole = self.guided_channels is None or not tick.paired
+        if self.graphs is not None and whole and (ran := self.graphs.whole(tick)) is not None:
+            return ran
+        output, variance, per_block = self._network(tick)
+        if self.graphs is not None and len(tick.rows) <= self.graphs.most:
+            self.graphs.finish(tick, output, variance)
+        else:
+            self._finish(tick, output, variance)
+        return tick.ran(per_block)
 
-        A guided row is two network rows, side by side, the unconditional one second.
-        """
+    def _send(self, slots: list[int]) -> None:
+        """Start pixels of finished rows on their way to the host."""
+        if slots and self.readback is not None:
+            self.readback.send(slots, levels(self.pool.x[self.pool.on_device(slots)]).contiguous())
+
+    def _network(self, tick: Tick) -> tuple[Tensor, Tensor | None, list[int]]:
+        """Guided output and learned variance (N, C, H, W) of a tick's rows, and network rows by block."""
         pool = self.pool
-        copies = pool.copies[rows, at]
-        source = np.repeat(np.arange(len(rows)), copies)
-        first = np.cumsum(copies) - copies
-        last = first + copies - 1
-        labels = pool.label[rows][source]
-        labels[last[copies == 2]] = self.model.null_label
-        condition = self._condition(pool.t[rows, at][source], labels)
-        depths = pool.depth[rows, at][source].tolist()
-        paired = len(source) > len(rows)
-        output, per_block = self.backend(x[pool.on_device(source)] if paired else x, condition, depths)
-        ran = (np.asarray(per_block)[None, :] > np.arange(len(source))[:, None]).sum(1)
-        conditional, variance = output[pool.on_device(first)] if paired else output, None
+        here, e, first, last, guidance = pool.uplink.send(
+            tick.rows[tick.source], tick.at[tick.source], tick.first, tick.last, pool.guidance[tick.rows]
+        )
+        x = pool.x[here] * pool.coef[here, e, INDEX["c_in"]][:, None, None, None]
+        output, per_block = self.backend(x, self._condition(tick), tick.depths)
+        conditional, variance = output[first] if tick.paired else output, None
         if self.model.learned_variance:
             conditional, variance = conditional.chunk(2, dim=1)
-        if paired:
-            plain = output[pool.on_device(last)][:, : conditional.shape[1]]
-            scale = torch.as_tensor(pool.guidance[rows], device=self.device)[:, None, None, None]
-            conditional = self._guide(conditional, plain, scale)
-        return conditional, variance, ran[first]
+        if tick.paired:
+            plain = output[last][:, : conditional.shape[1]]
+            conditional = self._guide(conditional, plain, guidance[:, None, None, None])
+        return conditional, variance, per_block
 
     def _guide(self, conditional: Tensor, plain: Tensor, scale: Tensor) -> Tensor:
         """Classifier-free guidance; where a row has no unconditional output of its own, `plain` is its own."""
@@ -195,31 +219,34 @@ class GenerateTask:
             return guided
         return torch.cat([guided[:, : self.guided_channels], conditional[:, self.guided_channels :]], dim=1)
 
-    def _condition(self, times: NDArray[np.float32], labels: Ints) -> Tensor:
-        """Conditioning (N, ...) of network rows: each distinct (time, label) once, in blocks of fixed shape.
+    def _condition(self, tick: Tick) -> Tensor:
+        """Conditioning (M, ...) of network rows; on a CPU each distinct (time, label) once, in blocks of fixed shape.
 
-        One-token matmuls give other bits at other batch sizes; a fixed shape keeps a row's bits its own.
+        One-token matmuls give other bits at other batch sizes; a fixed shape keeps a row's bits its own. Elsewhere bits
+        depend on the batch anyway, and few large calls are faster.
         """
-        keys = np.stack([times.view(np.int32).astype(np.int64), labels])
+        if self.device.type != "cpu":
+            return self.backend.condition(*self.pool.uplink.send(tick.times, tick.labels))
+        keys = np.stack([tick.times.view(np.int32).astype(np.int64), tick.labels])
         distinct, inverse = np.unique(keys, axis=1, return_inverse=True)
         padded = np.pad(distinct, ((0, 0), (0, -distinct.shape[1] % CONDITION_BLOCK)), mode="edge")
-        t = torch.as_tensor(padded[0].astype(np.int32).view(np.float32), device=self.device)
-        y = torch.as_tensor(padded[1], device=self.device)
+        t, y = self.pool.uplink.send(padded[0].astype(np.int32).view(np.float32), padded[1])
         blocks = [
             self.backend.condition(*block)
             for block in zip(t.split(CONDITION_BLOCK), y.split(CONDITION_BLOCK), strict=True)
         ]
         return torch.cat(blocks)[self.pool.on_device(inverse.reshape(-1))]
 
-    def _noise(self, rows: Ints, at: Ints) -> Tensor:
-        """Noise of the rows whose update adds some, zeros elsewhere."""
-        pool = self.pool
-        z = torch.zeros(len(rows), *self.model.row_shape, device=self.device)
+    def _finish(self, tick: Tick, output: Tensor, variance: Tensor | None) -> None:
+        """The update of a tick's rows, and their new states."""
+        pool, rows, at = self.pool, tick.rows, tick.at
         noisy = np.flatnonzero(pool.noisy[rows, at])
+        here, e, which, seeds, when = pool.uplink.send(rows, at, noisy, pool.seed[rows[noisy]], at[noisy])
+        z = torch.zeros(len(rows), *self.model.row_shape, device=self.device)
         if len(noisy):
-            seeds, evaluations = pool.on_device(pool.seed[rows[noisy]]), pool.on_device(at[noisy])
-            z[pool.on_device(noisy)] = normal(seeds, evaluations, self.model.row_shape)
-        return z
+            z[which] = normal(seeds, when, self.model.row_shape)
+        x, s, h1, h2 = pool.states[:, here]
+        pool.states[:, here] = torch.stack(update(pool.coef[here, e], x, s, h1, h2, output, z, variance))
 
     @torch.inference_mode()
     def save(self, slots: Sequence[int]) -> Sequence[bytes]:
@@ -248,9 +275,15 @@ class GenerateTask:
     @torch.inference_mode()
     def collect(self, slots: Sequence[int]) -> Sequence[GeneratedRow]:
         """Finished rows as uint8 pixels (H, W, C) with what they cost."""
-        pool = self.pool
-        pixels = self.decoding.pixels[list(slots)] if self.decoding else to_uint8(pool.x[pool.on_device(slots)])
-        return [self._row(slot, image) for slot, image in zip(slots, pixels, strict=True)]
+        return [self._row(slot, image) for slot, image in zip(slots, self._pixels(slots), strict=True)]
+
+    def _pixels(self, slots: Sequence[int]) -> Iterable[NDArray[np.uint8]]:
+        if self.decoding is not None:
+            return self.decoding.pixels[list(slots)]
+        if self.readback is not None:
+            self._send([slot for slot in slots if slot not in self.readback])
+            return self.readback.take(slots)
+        return to_uint8(self.pool.x[self.pool.on_device(slots)])
 
     def _row(self, slot: int, pixels: NDArray[np.uint8]) -> GeneratedRow:
         pool, n = self.pool, self.pool.done[slot]

@@ -11,6 +11,7 @@ from models.api import ModelInfo, Runtime
 from models.backbones.interface import Backbone
 from models.backbones.macs import count_macs
 from models.backends.interface import CONDITION_BLOCK, Setup
+from models.backends.precision import at_precision, choose
 from models.exits.plan import check
 from models.registry import BACKBONES, BACKENDS, CODECS, resolve
 from models.solvers.process import from_config, solvers_for
@@ -41,19 +42,22 @@ def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) ->
     for gear in gears:
         check(gear, weights, model.depth, runtime.force_schedules, max(1, model.always))
     where = pick_device(device)
+    precision = choose(runtime.precision, str(config.get("precision", "fp32")), where)
     process = from_config(config["process"])
     decoding = load_decoding(folder, config, model, slots, where)
     channels, height, width = decoding.codec.image_shape(model.row_shape) if decoding else model.row_shape
     depths = sorted({depth for gear in gears for depth in gear.schedule.depths} | {model.depth})
     macs = {depth: macs_at(model, depth) for depth in depths} if model.bypasses else None
+    network = at_precision(model.to(where), precision)
     setup = Setup(
-        backbone=model.to(where),
+        backbone=network,
         weights=weights,
         depths=tuple(depths),
         rows=max(2 * slots, CONDITION_BLOCK),
         device=where,
         cache=Path(runtime.cache),
         budget_s=runtime.budget_s,
+        precision=precision,
     )
     backend = resolve(BACKENDS, runtime.backend)(setup)
     info = ModelInfo(
@@ -63,7 +67,7 @@ def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) ->
         image=(height, width, channels),
         weights=weights,
         description=str(config.get("description", "")),
-        backend=backend.note,
+        backend=backend.note if precision == "fp32" else f"{precision}: {backend.note}",
         depth=model.depth,
         solvers=solvers_for(process),
         gears=gears,
@@ -71,7 +75,7 @@ def load(folder: Path, slots: int, device: str, runtime: Runtime = Runtime()) ->
     )
     return GenerateTask(
         info,
-        model,
+        network,
         process,
         slots,
         where,

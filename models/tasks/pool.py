@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.solvers.table import FIELDS, INDEX, STATES, Trajectory
+from models.tasks.device import Uplink
 
 MAX_EVALUATIONS = 2 * 1000 - 1
 
@@ -17,13 +18,18 @@ Ints = NDArray[np.int64]
 
 
 class RowPool:
-    """Everything that belongs to a row in flight, by slot and, where it has one, by evaluation."""
+    """Everything that belongs to a row in flight, by slot and, where it has one, by evaluation.
 
-    def __init__(self, capacity: int, row_shape: tuple[int, ...], device: torch.device) -> None:
-        self.device, self.row_shape = device, row_shape
-        self.states = torch.zeros(len(STATES), capacity, *row_shape, device=device)
+    `states` and `coef` never move, so that CUDA graphs can hold their addresses; `spare` slots after the last belong to
+    rows that only fill up a batch.
+    """
+
+    def __init__(self, capacity: int, row_shape: tuple[int, ...], device: torch.device, spare: int = 0) -> None:
+        self.device, self.row_shape, self.capacity = device, row_shape, capacity
+        self.uplink = Uplink(device)
+        self.states = torch.zeros(len(STATES), capacity + spare, *row_shape, device=device)
         self.x = self.states[0]
-        self.coef = torch.zeros(capacity, MAX_EVALUATIONS, len(FIELDS), device=device)
+        self.coef = torch.zeros(capacity + spare, MAX_EVALUATIONS, len(FIELDS), device=device)
         table = (capacity, MAX_EVALUATIONS)
         self.t, self.u = np.zeros(table, np.float32), np.zeros(table, np.float32)
         self.depth, self.ran = np.zeros(table, np.int16), np.zeros(table, np.int16)
@@ -60,12 +66,12 @@ class RowPool:
         self.done[to], self.evaluations[to], self.moved[to] = 0, n, False
         self.trajectories |= dict.fromkeys(slots, trajectory)
         self.seed[to], self.label[to], self.guidance[to] = seeds, labels, guidance
-        self.coef[here, :n] = torch.as_tensor(trajectory.coef, dtype=torch.float32, device=self.device)
-        self.states[:, here] = 0.0
+        self.coef[here, :n] = self.uplink.send(trajectory.coef.astype(np.float32))[0]
+        self.states.index_fill_(1, here, 0.0)
 
     def resume(self, slots: Sequence[int], states: NDArray[np.float32], ran: Sequence[NDArray[np.int16]]) -> None:
         """Put placed rows where others were: states (len(STATES), slots, C, H, W), blocks run at each evaluation."""
-        self.states[:, self.on_device(slots)] = torch.as_tensor(states, device=self.device)
+        self.states[:, self.on_device(slots)] = self.uplink.send(states)[0]
         for slot, depths in zip(slots, ran, strict=True):
             self.ran[slot, : len(depths)], self.done[slot] = depths, len(depths)
 
@@ -75,9 +81,8 @@ class RowPool:
             done, n = self.done[slot], self.evaluations[slot]
             self.depth[slot, done:n] = depths[done:]
 
-    def advance(self, rows: Ints, at: Ints, states: Tensor, ran: Ints) -> None:
-        """Commit evaluation `at` (N,) of rows: states (len(STATES), N, C, H, W), blocks run."""
-        self.states[:, self.on_device(rows)] = states
+    def advance(self, rows: Ints, at: Ints, ran: Ints) -> None:
+        """Rows have had evaluation `at` (N,), and ran so many blocks."""
         self.ran[rows, at] = ran
         self.done[rows] += 1
         self.moved[rows] = True
@@ -85,7 +90,7 @@ class RowPool:
     def estimates(self, slots: Sequence[int]) -> Tensor:
         """What the last evaluation of each row says of x0 (N, C, H, W), of rows that moved here."""
         weights = np.stack([self.trajectories[slot].estimate[self.done[slot] - 1] for slot in slots], 1)
-        scale = torch.as_tensor(weights, dtype=torch.float32, device=self.device)[:, :, None, None, None]
+        scale = self.uplink.send(weights.astype(np.float32))[0][:, :, None, None, None]
         return (scale * self.states[:, self.on_device(slots)]).sum(0)
 
     def by_depth(self, slots: Ints) -> tuple[Ints, Ints]:
@@ -96,4 +101,4 @@ class RowPool:
 
     def on_device(self, values: Sequence[int] | Ints) -> Tensor:
         """Host integers as an int64 tensor on the device."""
-        return torch.as_tensor(np.asarray(values, np.int64), device=self.device)
+        return self.uplink.send(np.asarray(values, np.int64))[0]

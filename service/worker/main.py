@@ -118,7 +118,11 @@ def load_tasks(settings: Settings) -> list[Task[Any, Any]]:
     """Every model of the settings, loaded on its device with its slots."""
     tasks: dict[str, Task[Any, Any]] = {}
     runtime = Runtime(
-        settings.backend, settings.backend_budget_s, str(settings.cache_dir.resolve()), settings.force_schedules
+        settings.backend,
+        settings.backend_budget_s,
+        str(settings.cache_dir.resolve()),
+        settings.force_schedules,
+        settings.precision,
     )
     for folder, name in model_folders(settings):
         try:
