@@ -23,4 +23,3 @@ def place(name: str) -> torch.device:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
     return device
-

@@ -35,7 +35,7 @@ def provenance(threads: int | None = None, device: str = "cpu") -> dict[str, str
 
 
 def commit() -> str:
-    """The commit that runs, marked where files differ from it; outside a repository what GIT_COMMIT says, or unknown."""
+    """The commit that runs, marked where files differ from it; outside a repository GIT_COMMIT, or unknown."""
     known = os.environ.get("GIT_COMMIT", "unknown")
     if shutil.which("git") is None:
         return known

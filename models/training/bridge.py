@@ -21,8 +21,8 @@ from models.bridge.process import TEMPERATURE, sample_between, sample_temperatur
 from models.bridge.sample import run_bridge
 from models.training.curves import CurveRecipe
 from models.training.loop import Optim, Trained, train
-from models.training.session import HERE, Session, half
 from models.training.members import channels_last
+from models.training.session import HERE, Session, half
 from models.training.transfer import Cache, Transfer
 
 KINDS = ("bridge", "distilled", "mse", "kl", "bridge_pair", "pair", "curve", "spread")

@@ -1,4 +1,4 @@
-"""The road to the CIFAR-10 models at toy size: every stage of benchmarks.gpu.train, on two machines one after the other."""
+"""The road to the CIFAR-10 models at toy size: every stage of benchmarks.gpu.train, on two machines in turn."""
 
 import io
 import json
@@ -99,7 +99,18 @@ def test_every_stage_in_order_and_on_a_second_machine(road, data, tmp_path):
     assert classifier.bridge is not None
     assert "temperatures" in classifier.config
 
-    args = ["generate", str(made / "cifar-uvit"), "--data", str(data), "--n", "100", "--workers", "1", "--device", "cpu"]
+    args = [
+        "generate",
+        str(made / "cifar-uvit"),
+        "--data",
+        str(data),
+        "--n",
+        "100",
+        "--workers",
+        "1",
+        "--device",
+        "cpu",
+    ]
     done = CliRunner().invoke(evaluate, [*args, "--judge", str(made / "cifar-ensemble")], catch_exceptions=False)
     assert set(json.loads(done.stdout.splitlines()[-1])["gears"]) == {"full", "eco"}
 
