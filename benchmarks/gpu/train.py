@@ -153,7 +153,8 @@ def prepare(data: Path, slot: Slot) -> None:
     raw = data
     if data.is_file():
         raw = slot.work / "raw"
-        shutil.unpack_archive(data, raw, filter="data")
+        with tarfile.open(data) as archive:
+            unpack(archive, raw)
         raw = raw if (raw / "train").is_dir() else next(p.parent for p in raw.rglob("train"))
     app, fresh = "from models.training.cli import app; app()", slot.data.with_name("data.new")
     packing = [sys.executable, "-c", app, "pack", "--data", str(raw), "--out", str(fresh)]
@@ -198,6 +199,12 @@ def keep(name: str, slot: Slot) -> list[Path]:
     return pieces
 
 
+def unpack(archive: tarfile.TarFile, folder: Path) -> None:
+    """Extract what stays inside `folder`; Python before 3.11.4 knows no filters and takes what is there."""
+    archive.extraction_filter = getattr(tarfile, "data_filter", None)
+    archive.extractall(folder)
+
+
 def restore(state: Path, slot: Slot) -> list[str]:
     """Unpack what `keep` wrote of stages that this machine knows nothing of; their names."""
     found = sorted({path.name.split(".tar.")[0] for path in state.glob("*.tar.*")})
@@ -206,7 +213,7 @@ def restore(state: Path, slot: Slot) -> list[str]:
     for name in fresh:
         pieces = sorted(state.glob(f"{name}.tar.*"))
         with tarfile.open(fileobj=io.BytesIO(b"".join(piece.read_bytes() for piece in pieces))) as archive:
-            archive.extractall(slot.work, filter="data")
+            unpack(archive, slot.work)
     return fresh
 
 
