@@ -54,8 +54,8 @@ class Bfloat16(Backbone):
 
     @classmethod
     def from_config(cls, network: Mapping[str, Any]) -> Self:
-        """Not from a config: the network that it is like says all."""
-        raise NotImplementedError("Bfloat16 is made from a backbone")
+        """A TypeError: what it is comes from the network that it wraps, see `at_precision`."""
+        raise TypeError("a Bfloat16 has no config of its own: build the backbone, then at_precision(backbone, 'bf16')")
 
     def condition(self, t: Tensor, label: Tensor) -> Tensor:
         """See Backbone; worked out in float32, (N, M) bfloat16."""

@@ -315,6 +315,8 @@ def test_bfloat16_is_near_and_float32_outside(tmp_path, kind):
     setup = setup_for(kind, tmp_path)
     low = at_precision(setup.backbone, "bf16")
     assert isinstance(low, Bfloat16)
+    with pytest.raises(TypeError, match="at_precision"):
+        Bfloat16.from_config({})
     for rows in (1, 5):
         x, condition, depths = inputs(setup, rows)
         expected, expected_ran = setup.backbone(x, condition, depths)
