@@ -1,6 +1,6 @@
 """The whole measurement of the engine on a GPU, in one call of at most ten minutes.
 
-    python -m benchmarks.gpu.bench_engine --out DIR [--models FOLDER ...] [--seconds 540] [--toy]
+    python -m benchmarks.gpu.bench_engine --out DIR [--models FOLDER ...] [--seconds 480] [--toy]
 
 Sections are independent: each has a share of the time, one that fails leaves its traceback, and the JSON
 (DIR/engine.json) is written after each. Models: the folders that are named, else random weights at the size of CIFAR-10
@@ -31,6 +31,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,21 @@ from benchmarks.gpu.bench_network import COMPILING_S, LONG, Loaded, exits, netwo
 from benchmarks.gpu.bench_plain import continuous, poisson, poisson_plain, requests
 from benchmarks.gpu.bench_targets import commit, show, targets
 from benchmarks.gpu.bench_timing import Bench, Clock, ceilings, facts, ratios, summary
+from models.api import GenerateWork, SolverName
+from models.tasks.generate import GenerateTask
 
 EQUAL, MIXED, TOY_EQUAL, TOY_MIXED = (20, 20), (10, 50), (2, 2), (2, 4)
 SLOTS, TOY_SLOTS = 1024, 4
 SHARES = (3.0, 1.6, 1.0)  # of the time, by model
 LOAD, LOAD_S = 0.8, 15.0
+CHECKED: tuple[tuple[SolverName, str, float], ...] = (
+    ("ddpm", "full", 2.0),
+    ("dpmpp_2m", "balanced", 2.0),
+    ("ddim", "balanced", 1.0),
+)
 ENOUGH = 0.93  # of the best throughput
-SECONDS = 540.0
+SECONDS = 480.0
+LEAST_S = 60.0  # for another model
 
 
 class Report:
@@ -75,7 +84,8 @@ class Report:
         return result
 
     def write(self) -> None:
-        """A crash leaves the report of before."""
+        """With what it says of the targets so far; a crash leaves the report of before."""
+        self.found["targets"] = targets(self.found)
         fresh = self.path.with_suffix(".new")
         fresh.write_text(json.dumps(self.found, indent=1))
         fresh.replace(self.path)
@@ -95,22 +105,43 @@ def quality(loaded: Loaded, n: int) -> dict[str, Any]:
     wanted = ("fp32", "eager"), ("bf16", "eager"), ("bf16", "cudagraph"), ("bf16", "compiled_cudagraph")
     for name, one in loaded.usable(*wanted).items():
         found[name] = off(continuous(one, works, min(n, loaded.slots)), reference)
+        found |= alone_and_apart(loaded, name, one, works)
     found["plain autocast"] = off(loaded.plain("autocast", n).run(works), reference)
     for name, gap in found.items():
         print(f"    {name:<24} {gap}")
     return found
 
 
+def alone_and_apart(
+    loaded: Loaded, name: str, task: GenerateTask, works: Sequence[GenerateWork]
+) -> dict[str, dict[str, float]]:
+    """A way of running beside itself at other batches, and beside the op-by-op way of its precision.
+
+    The second with what the plain loop has not: noise, history, mixed depths, no guidance; few rows and many.
+    """
+    n = min(len(works), loaded.slots)
+    found = {f"{name}, few rows at a time": off(continuous(task, works, min(4, n)), continuous(task, works, n))}
+    plain = loaded.task(name.split("/")[0], "eager")
+    if plain is task:
+        return found
+    for solver, gear, guidance in CHECKED:
+        asked = [replace(work, solver=solver, gear=gear, guidance=guidance) for work in works]
+        for rows in sorted({min(4, n), n}):
+            gap = off(continuous(task, asked, rows), continuous(plain, asked, rows))
+            found[f"{name} beside eager, {solver}, {gear}, guidance {guidance:g}, {rows} rows"] = gap
+    return found
+
+
 def throughput(loaded: Loaded, steps: tuple[int, int], batch: int, clock: Clock) -> dict[str, Any]:
     """Images a second: plain loops, engines at full depth, and gears of the best engine; by turns."""
-    bench, best = loaded.bench, loaded.best()
+    bench, (_, best) = loaded.bench, loaded.best()
     n = batch if bench.toy else 6 * batch
     full = requests(best, n, steps)
     runs: dict[str, Callable[..., Any]] = {}
     compiles = bench.cuda and loaded.clock.left() > COMPILING_S
     for way in ("autocast", "bf16", *(("compiled",) if compiles else ())):
         runs[f"plain {way}"] = loaded.plain(way, batch).run
-    for name, task in loaded.usable(("bf16", "eager"), ("bf16", "cudagraph"), ("bf16", "compiled_cudagraph")).items():
+    for name, task in loaded.built().items():
         runs[f"full {name}"] = partial(continuous, task, slots=batch)
     for gear in best.info.gears:
         if gear.name != "full":
@@ -140,7 +171,7 @@ def throughput(loaded: Loaded, steps: tuple[int, int], batch: int, clock: Clock)
 
 def best_batch(loaded: Loaded, clock: Clock) -> dict[str, Any]:
     """Images a second of plain bf16 and the best engine, full depth, by batch; the least that is near both's best."""
-    bench, best = loaded.bench, loaded.best()
+    bench, (_, best) = loaded.bench, loaded.best()
     found: dict[str, dict[int, float]] = {"plain": {}, "engine": {}}
     for batch in [2, 4] if bench.toy else [32, 64, 128, 256, 512]:
         if batch > loaded.slots or (found["plain"] and clock.left() <= 0):
@@ -162,7 +193,7 @@ def engine(loaded: Loaded) -> dict[str, float]:
     from benchmarks.bench_load import delivery, engine_of
     from benchmarks.gpu.road import versioned
 
-    bench, best = loaded.bench, loaded.best()
+    bench, (_, best) = loaded.bench, loaded.best()
     sys.path.extend(versioned(loaded.cache))
     worker, [work] = engine_of(best), requests(best, 1, (LONG, LONG), guidance=1.0)
     worker.offer(delivery(0, work))
@@ -176,7 +207,7 @@ def engine(loaded: Loaded) -> dict[str, float]:
 
 def load(loaded: Loaded, capacity: dict[str, float], batch: int, clock: Clock) -> dict[str, Any]:
     """Latency at 80 % of what each can do with requests of mixed steps."""
-    best, found, toy = loaded.best(), dict[str, Any](), loaded.bench.toy
+    (_, best), found, toy = loaded.best(), dict[str, Any](), loaded.bench.toy
     for name, per_s in capacity.items():
         part = min(LOAD_S, clock.left() / 2)
         rate, steps = LOAD * per_s, TOY_MIXED if toy else MIXED
@@ -204,8 +235,7 @@ def measure(bench: Bench, subject: Subject, report: Report, limits: dict[str, fl
         loaded = Loaded(bench, subject, slots, Path(cache), clock)
         found = report.section(f"{subject.name}/network", lambda: network(loaded, limits, share(0.3)))
         ways = (found or {}).get("ways", {})
-        kinds = [f"bf16/{backend}" for backend in ("compiled_cudagraph", "cudagraph", "eager")]
-        n_sat = next((ways[kind]["n_sat"] for kind in kinds if kind in ways), 2)
+        n_sat = next((ways[name]["n_sat"] for name in loaded.built() if name in ways), 2)
         report.section(f"{subject.name}/ticks", lambda: ticks(loaded, share(0.1)))
         report.section(f"{subject.name}/engine", lambda: engine(loaded))
         report.section(f"{subject.name}/exits", lambda: exits(loaded, n_sat, share(0.12)))
@@ -216,14 +246,10 @@ def measure(bench: Bench, subject: Subject, report: Report, limits: dict[str, fl
         report.section(f"{subject.name}/equal", lambda: throughput(loaded, equal, chosen, share(0.1)))
         speed = report.section(f"{subject.name}/mixed", lambda: throughput(loaded, mixed, chosen, share(0.15)))
         able = {name: way["images_per_s"] for name, way in (speed or {"ways": {}})["ways"].items()}
-        full = [able[name] for name in able if name.startswith("full") and not name.endswith("eager")]
-        rates = {"full": max(full or [able.get("full bf16/eager", 0.0)]), "balanced": able.get("balanced best", 0.0)}
+        rates = {"full": able.get(f"full {loaded.best()[0]}", 0.0), "balanced": able.get("balanced best", 0.0)}
         rates |= {"plain bf16": able.get("plain bf16", 0.0)}
         known = {name: rate for name, rate in rates.items() if rate}
         report.section(f"{subject.name}/load", lambda: load(loaded, known, chosen, share(0.12)))
-    gc.collect()
-    if bench.cuda:
-        torch.cuda.empty_cache()
 
 
 def run(out: Path, models: Sequence[Path], seconds: float, toy: bool, of: str = "") -> dict[str, Any]:
@@ -238,11 +264,15 @@ def run(out: Path, models: Sequence[Path], seconds: float, toy: bool, of: str = 
         todo = subjects(models, Path(scratch), toy)
         report.found["models"] = [vars(one) | {"folder": one.folder.name} for one in todo]
         for i, subject in enumerate(todo):
+            if i and began.left() < LEAST_S:
+                report.found["left_out"] = [one.name for one in todo[i:]]
+                break
             parts = [*SHARES, *[SHARES[-1]] * len(todo)][i : len(todo)]
             clock = began.part(began.left() * parts[0] / sum(parts))
             measure(bench, subject, report, limits, clock, TOY_SLOTS if toy else SLOTS)
-            report.found["targets"] = targets(report.found)
-            report.write()
+            gc.collect()  # tasks hold each other in cycles
+            if bench.cuda:
+                torch.cuda.empty_cache()
     report.found["took_s"] = round(time.monotonic() - report.began, 1)
     report.write()
     show(report.found["targets"])

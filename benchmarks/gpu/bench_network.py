@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class Loaded:
     faults: dict[tuple[str, str], str] = field(default_factory=dict)
     built_s: dict[str, float] = field(default_factory=dict)
     plains: dict[tuple[str, int], Plain] = field(default_factory=dict)
+    order: list[str] = field(default_factory=lambda: ["compiled_cudagraph", "cudagraph", "eager"])
 
     def _refuse(self, precision: str, backend: str) -> None:
         """Raise where there is no sense or no time to build one."""
@@ -89,16 +91,23 @@ class Loaded:
     def plain(self, way: str, batch: int) -> Plain:
         """A plain loop, kept: it compiles once."""
         if (way, batch) not in self.plains:
-            self.plains[way, batch] = Plain(self.best(), self.subject.folder, way, batch)
+            self.plains[way, batch] = Plain(self.best()[1], self.subject.folder, way, batch)
         return self.plains[way, batch]
 
-    def best(self) -> GenerateTask:
-        """The fastest kind that can be built: compiled parts in graphs, else graphs, else eager; in bfloat16."""
-        for backend in ("compiled_cudagraph", "cudagraph", "eager"):
-            found = self.usable(("bf16", backend))
-            if found:
-                return next(iter(found.values()))
+    def built(self) -> dict[str, GenerateTask]:
+        """What runs in bfloat16 already, fastest first by `order`; nothing more is built."""
+        return {f"bf16/{b}": self.tasks["bf16", b] for b in self.order if ("bf16", b) in self.tasks}
+
+    def best(self) -> tuple[str, GenerateTask]:
+        """The fastest of what can be built in bfloat16, and its name."""
+        for backend in self.order:
+            for found in self.usable(("bf16", backend)).items():
+                return found
         raise RuntimeError(f"nothing runs: {self.faults}")
+
+    def ranked(self, per_row: dict[str, float]) -> None:
+        """Order backends by seconds per row; those without any come last, as they were."""
+        self.order.sort(key=lambda backend: per_row.get(f"bf16/{backend}", math.inf))
 
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -152,6 +161,7 @@ def network(loaded: Loaded, limits: dict[str, float], clock: Clock) -> dict[str,
             shown = found[name]
             share = max(shown["share_of_matmul"].values())
             print(f"    {name:<24} n_sat {shown['n_sat']:>5}  {1e6 * shown['least_row_s']:.2f} us a row  {share:.1%}")
+    loaded.ranked({name: way["least_row_s"] for name, way in found.items()})
     return {"ways": found, "built_s": loaded.built_s, "faults": {"/".join(k): v for k, v in loaded.faults.items()}}
 
 
@@ -159,8 +169,7 @@ def exits(loaded: Loaded, n_sat: int, clock: Clock) -> list[dict[str, Any]]:
     """What a batch of mixed depths takes beside full depth and beside the mean over batches of one depth each."""
     bench, found = loaded.bench, []
     most = 2 * loaded.slots
-    wanted = ("compiled_cudagraph", "cudagraph", "eager")
-    for name, task in loaded.usable(*(("bf16", backend) for backend in wanted)).items():
+    for name, task in loaded.built().items():
         for gear in task.info.gears:
             if gear.name == "full":
                 continue
@@ -207,6 +216,14 @@ def ticking(task: GenerateTask, rows: int, guidance: float) -> Callable[[], Any]
     return tick
 
 
+def replaying(bench: Bench, task: GenerateTask, rows: int, guidance: float) -> float | None:
+    """Seconds of a whole tick's graph alone, replayed over the same rows; None where it has none."""
+    key = rows, task.model.depth, guidance != 1.0, False
+    if task.graphs is None or key not in task.graphs.ticks:
+        return None
+    return bench.seconds(task.graphs.ticks[key])
+
+
 def again(run: Callable[[], Any], times: int) -> None:
     """Run so many times."""
     for _ in range(times):
@@ -216,9 +233,8 @@ def again(run: Callable[[], Any], times: int) -> None:
 def ticks(loaded: Loaded, clock: Clock) -> list[dict[str, Any]]:
     """Ticks a second of the task, and the share of a tick in which the device runs nothing, with what it runs."""
     bench, found = loaded.bench, []
-    wanted = ("compiled_cudagraph", "cudagraph", "compiled", "eager")
     for rows, guidance in ((1, 1.0), (1, 2.0), (min(64, loaded.slots), 2.0)):
-        for name, task in loaded.usable(*(("bf16", backend) for backend in wanted)).items():
+        for name, task in loaded.built().items():
             if clock.left() <= 0:
                 return found
             tick = ticking(task, rows, guidance)
@@ -226,11 +242,10 @@ def ticks(loaded: Loaded, clock: Clock) -> list[dict[str, Any]]:
             times = 3 if bench.toy else 200
             walls = sorted(bench.wall(partial(again, tick, times)) / times for _ in range(5))
             seen = kernels(bench, tick, 2 if bench.toy else 20)
-            wall = walls[2]
-            found.append(
-                {"way": name, "rows": rows, "guidance": guidance, "tick_s": wall, "ticks_per_s": 1 / wall, **seen}
-                | {"outside_kernels": max(0.0, 1 - seen["device_s"] / wall)}
-            )
+            wall, row = walls[2], {"way": name, "rows": rows, "guidance": guidance}
+            replay_s = replaying(bench, task, rows, guidance)
+            row |= {"tick_s": wall, "ticks_per_s": 1 / wall, "replay_s": replay_s, **seen}
+            found.append(row | {"outside_kernels": 1 - (replay_s or seen["device_s"]) / wall})
             print(
                 f"    {name:<24} {rows:>3} rows, guidance {guidance:g}: {1 / wall:8.1f} ticks / s, "
                 f"{1e6 * seen['device_s']:.0f} us in {seen['kernels']:.0f} kernels, "

@@ -129,6 +129,22 @@ def _throughput(found: Mapping[str, Any]) -> Lines:
     )
 
 
+def _engine(found: Mapping[str, Any]) -> Lines:
+    yield f"With scheduler, gears and metrics around it: {found['ticks_per_s']:.0f} ticks / s at one row, unguided."
+    yield ""
+
+
+def _batch(found: Mapping[str, Any]) -> Lines:
+    yield f"Images / s by batch, 20 steps, guided, full depth (batch {found['chosen']} is used below):"
+    yield ""
+    by_batch = found["images_per_s"]
+    sizes = list(by_batch["plain"])
+    rows = [
+        (way, *(f"{speeds[size]:.0f}" if size in speeds else "-" for size in sizes)) for way, speeds in by_batch.items()
+    ]
+    yield from grid(("way", *sizes), rows)
+
+
 def _load(found: Mapping[str, Any]) -> Lines:
     yield "Poisson arrivals at 80 % of each one's capacity:"
     yield ""
@@ -146,7 +162,7 @@ def _load(found: Mapping[str, Any]) -> Lines:
 
 SECTIONS: dict[str, Callable[[Any], Lines]] = {
     **{"network": _network, "ticks": _ticks, "exits": _exits, "quality": _quality},
-    **{"equal": _throughput, "mixed": _throughput, "load": _load},
+    **{"engine": _engine, "batch": _batch, "equal": _throughput, "mixed": _throughput, "load": _load},
 }
 
 

@@ -66,7 +66,21 @@ def up(out: Path, chosen: Mapping[str, str]) -> Iterator[tuple[str, str]]:
             yield url, f"http://127.0.0.1:{metrics}"
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(90)
+            try:
+                process.wait(90)
+            except subprocess.TimeoutExpired:
+                print("the service did not drain in 90 s and is killed", flush=True)
+                process.kill()
+
+
+def card() -> dict[str, str]:
+    """Name and driver of the GPU, where there is one."""
+    asking = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(asking, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return dict(zip(("name", "driver"), said[0].split(", "), strict=True)) if said else {}
 
 
 def versioned(folder: Path) -> list[str]:
@@ -206,7 +220,7 @@ def run(out: Path, seconds: float, load: float, chosen: dict[str, str], of: str 
     devices = sorted({at["device"] for at, _ in samples(pages["worker"], "offramp_model_info")})
     found = {
         **{"benchmark": "road", "date": time.strftime("%Y-%m-%d"), "commit": of or commit(), "seconds": seconds},
-        **{"machine": {"device": ", ".join(devices), "host": platform.machine(), "cores": os.cpu_count()}},
+        **{"machine": {"device": ", ".join(devices), **card(), "host": platform.machine(), "cores": os.cpu_count()}},
         **{"settings": chosen, "load": load, "loads": loads, "ledger": ledger, "models": models},
         **saved(before, pages["worker"]),
     }
@@ -225,10 +239,12 @@ def main() -> None:
     parser.add_argument("--backend", default="eager", help="OFFRAMP_BACKEND")
     parser.add_argument("--precision", default="auto", help="OFFRAMP_PRECISION")
     parser.add_argument("--slots", type=int, default=64, help="OFFRAMP_SLOTS")
+    parser.add_argument("--checkpoint-ticks", type=int, default=16, help="OFFRAMP_CHECKPOINT_TICKS")
     parser.add_argument("--commit", default="", help="what the table says where there is no repository")
     given = parser.parse_args()
     chosen = {
         **{"OFFRAMP_BACKEND": given.backend, "OFFRAMP_PRECISION": given.precision, "OFFRAMP_SLOTS": str(given.slots)},
+        "OFFRAMP_CHECKPOINT_TICKS": str(given.checkpoint_ticks),
         **({"OFFRAMP_MODELS": str(given.models.resolve())} if given.models else {}),
     }
     found = run(given.out, given.seconds, given.load, chosen, given.commit)

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -23,11 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from models.store import read_json
 from models.training.checkpoint import CHECKPOINT, compact
+from models.training.exits import SCHEDULES
 
 REPO = Path(__file__).parents[2]
 PIECE = 15 << 20  # bytes of a file that comes back
-LEAST = {"train": 0.5, "measure": 5.0}  # minutes that are worth starting a stage: only trainings can pause
+LEAST = {"train": 2.5, "measure": 7.0}  # minutes that are worth starting a stage: only trainings can pause
+POOL = "+pool"  # names the archive of a stage's members that are for evaluation alone
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,8 @@ def run(name: str, slot: Slot) -> dict[str, Any]:
     if lacking:
         error = f"needs {', '.join(lacking)}: train it before, or bring its archive in --state"
         return {"stage": name, "finished": False, "error": error}
-    places = {"PYTHONPATH": str(REPO), "TORCHINDUCTOR_CACHE_DIR": str(slot.work / "inductor"), "PYTHONUNBUFFERED": "1"}
+    path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
+    places = {"PYTHONPATH": path, "TORCHINDUCTOR_CACHE_DIR": str(slot.work / "inductor"), "PYTHONUNBUFFERED": "1"}
     limit = max(1.0, 60.0 * (slot.left + 1.0))  # a training pauses by itself well before
     try:
         with (slot.out / "train.log").open("a") as log:
@@ -138,7 +143,11 @@ def run(name: str, slot: Slot) -> dict[str, Any]:
     if ran.returncode:
         print((slot.out / "train.log").read_text()[-3000:], flush=True)
         return {"stage": name, "finished": False, "error": f"exit code {ran.returncode}", "took": seconds}
-    closing: dict[str, Any] = {"finished": True, **json.loads(text.strip().splitlines()[-1])}
+    (slot.out / f"{name}.txt").write_text(text)
+    said = next((line for line in reversed(text.splitlines()) if line.startswith("{")), None)
+    if said is None:
+        return {"stage": name, "finished": False, "error": "no closing line", "took": seconds}
+    closing: dict[str, Any] = {"finished": True, **json.loads(said)}
     if closing["finished"]:
         slot.done(name).parent.mkdir(parents=True, exist_ok=True)
         slot.done(name).write_text(json.dumps(closing))
@@ -163,38 +172,57 @@ def prepare(data: Path, slot: Slot) -> None:
 
 
 def keep(name: str, slot: Slot) -> list[Path]:
-    """Write what a later call on another machine needs of a stage to OUT, as pieces of one archive.
+    """Write what a later call on another machine needs of a stage to OUT, as pieces of archives.
 
-    Of a training that is done its model folder, of one that is not its checkpoints less what can be done without
-    (models.training.checkpoint.compact), of a measurement all but the weights, of a pilot nothing.
+    Of a training that is done its model folder, the members of its pool in an archive apart; of one that is not its
+    checkpoints less what can be done without (models.training.checkpoint.compact); of a measurement all but the
+    weights, and the cards of what it needs, which it may have written to; of a pilot nothing.
     """
-    stage = STAGES[name]
+    stage, done = STAGES[name], slot.done(name).is_file()
     model, runs = slot.models / stage.model, slot.models / "runs" / stage.model
     if PILOT[0] in stage.arguments:
         return []
     with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
-        if slot.done(name).is_file():
-            skip = shutil.ignore_patterns(*([] if stage.recipe else ["*.safetensors"]))
+        root, aside = Path(scratch) / "kept", Path(scratch) / "pool"
+        for folder in (root, aside):
+            folder.mkdir()
+        pool = read_json(model / "config.json").get("pool", []) if done and stage.recipe else []
+        if done:
+            skip = shutil.ignore_patterns(*(pool if stage.recipe else ["*.safetensors"]))
             shutil.copytree(model, root / "out" / stage.model, ignore=skip)
             (root / "done").mkdir()
             shutil.copy(slot.done(name), root / "done")
+        for path in [model / file for file in pool]:
+            copy(path, slot.work, aside)
+        for path in [slot.models / other / "card.md" for other in stage.needs if not stage.recipe]:
+            copy(path, slot.work, root)
         for path in runs.rglob("*") if stage.recipe else ():
-            here = root / path.parent.relative_to(slot.work)
-            if path.name == "log.jsonl":
-                here.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, here)
-            elif path.name == CHECKPOINT and not slot.done(name).is_file():
-                compact(path.parent, here)
-        if not any(root.iterdir()):
-            return []
-        whole = io.BytesIO()
-        with tarfile.open(fileobj=whole, mode="w") as archive:
-            for part in sorted(root.iterdir()):
-                archive.add(part, part.name)
+            if path.name in ("log.jsonl", SCHEDULES):
+                copy(path, slot.work, root)
+            elif path.name == CHECKPOINT and not done:
+                compact(path.parent, root / path.parent.relative_to(slot.work))
+        return write_pieces(slot.out / name, root) + write_pieces(slot.out / f"{name}{POOL}", aside)
+
+
+def copy(path: Path, start: Path, to: Path) -> None:
+    """A file under `start`, if it is there, to the same place under `to`."""
+    if path.is_file():
+        there = to / path.relative_to(start)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, there)
+
+
+def write_pieces(name: Path, folder: Path) -> list[Path]:
+    """What is in the folder, if anything, as one archive in pieces `name`.tar.NN."""
+    if not any(folder.iterdir()):
+        return []
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w") as archive:
+        for part in sorted(folder.iterdir()):
+            archive.add(part, part.name)
     raw, pieces = whole.getvalue(), []
     for i, start in enumerate(range(0, len(raw), PIECE)):
-        pieces.append(slot.out / f"{name}.tar.{i:02}")
+        pieces.append(name.with_name(f"{name.name}.tar.{i:02}"))
         pieces[-1].write_bytes(raw[start : start + PIECE])
     return pieces
 
@@ -206,10 +234,11 @@ def unpack(archive: tarfile.TarFile, folder: Path) -> None:
 
 
 def restore(state: Path, slot: Slot) -> list[str]:
-    """Unpack what `keep` wrote of stages that this machine knows nothing of; their names."""
+    """Unpack what `keep` wrote of stages that this machine knows nothing of, and pools, which may come later; their
+    names."""
     found = sorted({path.name.split(".tar.")[0] for path in state.glob("*.tar.*")})
-    fresh = [name for name in found if not slot.done(name).is_file() and not any_trace(name, slot)]
-    fresh.sort(key=lambda name: not STAGES[name].recipe)  # a measurement changes what a training left
+    fresh = [name for name in found if name.endswith(POOL) or not known(name, slot)]
+    fresh.sort(key=lambda name: not STAGES[stage_of(name)].recipe)  # a measurement changes what a training left
     for name in fresh:
         pieces = sorted(state.glob(f"{name}.tar.*"))
         with tarfile.open(fileobj=io.BytesIO(b"".join(piece.read_bytes() for piece in pieces))) as archive:
@@ -217,10 +246,16 @@ def restore(state: Path, slot: Slot) -> list[str]:
     return fresh
 
 
-def any_trace(name: str, slot: Slot) -> bool:
-    """Whether a training was under way on this machine."""
+def stage_of(archive: str) -> str:
+    """The stage that an archive of this name is of."""
+    return archive.removesuffix(POOL)
+
+
+def known(name: str, slot: Slot) -> bool:
+    """Whether a stage is done on this machine, or was under way."""
     stage = STAGES[name]
-    return bool(stage.recipe) and (slot.models / "runs" / stage.model).is_dir()
+    begun = bool(stage.recipe) and (slot.models / "runs" / stage.model).is_dir()
+    return begun or slot.done(name).is_file()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -241,14 +276,17 @@ def main(arguments: list[str] | None = None) -> None:
     if given.state:
         print("restored:", ", ".join(restore(given.state, slot)) or "nothing", flush=True)
     prepare(given.data, slot)
-    made = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what there is is kept
+    made: list[dict[str, Any]] = []
     for name in given.stages:
         if slot.done(name).is_file():
             continue
         if slot.left < STAGES[name].least:
             break
-        made.append(run(name, slot))
-        keep(name, slot)
+        try:
+            made.append(run(name, slot))
+        finally:
+            keep(name, slot)
         if not made[-1]["finished"]:
             break
     waiting = [name for name in given.stages if not slot.done(name).is_file()]

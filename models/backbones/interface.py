@@ -151,7 +151,8 @@ def sorted_prefix(
         if n:
             hidden = pieces.segment(segment, hidden, [tensor[:n] for tensor in kept], condition[:n])
         if pieces.bypasses and n < total:
-            hidden = cat([hidden, pieces.bypass(segment, rest, [tensor[n:] for tensor in kept])])
+            passed = pieces.bypass(segment, rest, [tensor[n:] for tensor in kept])
+            hidden = cat([hidden, passed]) if n else passed
         elif len(rest):
             exited.append(rest)
     hidden = cat([hidden, *reversed(exited)]) if exited else hidden

@@ -85,7 +85,7 @@ def capture(run: Run, pool: Any, stream: torch.cuda.Stream) -> Captured:
             finally:
                 graph.capture_end()
         torch.cuda.current_stream(stream.device).wait_stream(stream)
-    except RuntimeError as error:
+    except Exception as error:  # compilers have errors of their own
         reason = error.__context__ or error  # the end of a broken capture fails too, and says less
         raise BackendUnavailable(f"CUDA graph capture failed: {str(reason).splitlines()[0]}") from error
     return graph.replay, outputs

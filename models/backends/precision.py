@@ -39,7 +39,8 @@ def at_precision(model: Backbone, precision: str) -> Backbone:
 
 
 class Bfloat16(Backbone):
-    """Tokens in bfloat16. One-token work and the head, which cost little, stay float32, as do input and output.
+    """Tokens in bfloat16. One-token work and the head, which cost little, stay float32, as do input and output; what
+    the head is conditioned on is rounded as for the blocks.
 
     The residual stream is bfloat16 too, other than under torch.autocast: half the bytes in every operation.
     """

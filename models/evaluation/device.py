@@ -7,6 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
+from models.tasks.device import pick_device
 from models.training.session import begin
 
 Device = Annotated[str, typer.Option(help="Where networks run: cpu, cuda, or auto (CUDA where there is one).")]
@@ -18,8 +19,5 @@ def place(name: str) -> torch.device:
     Raises:
         UserError: no such device here.
     """
-    device = begin(name).device
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
-    return device
+    begin(name)
+    return pick_device(name)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.api import Gear, GenerateWork
+from models.api import Gear, GenerateWork, Runtime
 from models.backbones.resnet import ResNet
 from models.evaluation.metrics import frechet, frechet_interval, moments
 from models.tasks.classifier import load_members
@@ -111,7 +111,8 @@ def draw(
     """`n` label-balanced images of every gear in pool-sized jobs, and layer evaluations per image.
 
     One single-threaded engine per core: cores that share every matmul wait for each other. On CUDA one engine, and jobs
-    that fill it. `bf16` runs the networks in bfloat16, to screen candidates.
+    that fill it. `bf16` runs the networks in bfloat16, as they are served then; else in float32, whatever the model
+    promises.
     """
     local, where = threading.local(), pick_device(device).type
     size, engines = POOL[where], workers or os.cpu_count() if where == "cpu" else 1
@@ -119,9 +120,8 @@ def draw(
     def job(gear: Gear, first: int) -> tuple[Images, int]:
         if not hasattr(local, "task"):
             torch.set_num_threads(1)
-            local.task = load(folder, size, device)
-        with torch.autocast(where, torch.bfloat16, enabled=bf16):
-            return run_work(local.task, balanced_work(local.task, gear, first, min(size, n - first), seed))
+            local.task = load(folder, size, device, Runtime(precision="bf16" if bf16 else "fp32"))
+        return run_work(local.task, balanced_work(local.task, gear, first, min(size, n - first), seed))
 
     task = load(folder, 1, "cpu")
     threads, drawn = torch.get_num_threads(), {}

@@ -8,15 +8,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from models.api import UserError
+from models.api import Runtime, UserError
+from models.backends.precision import at_precision
 from models.evaluation.device import Device, place
 from models.evaluation.generate import GearScore, evaluate
 from models.evaluation.report import find, gears_table, provenance, timing_table, write_card
 from models.evaluation.timing import Ratio, time_gears, time_network
-from models.store import read_json
+from models.store import read_json, write_json
 from models.tasks.gears import write_gears
 from models.tasks.generator import load, load_model
 from models.training.data import splits
@@ -103,6 +103,13 @@ def write(
     write_gears(folder, measured, stored["default"])
 
 
+def promise(folder: Path, precision: str) -> None:
+    """Write into config.json what the numbers of gears.json were measured in; nothing stands for fp32."""
+    config = read_json(folder / "config.json")
+    config.pop("precision", None)
+    write_json(folder / "config.json", config | ({} if precision == "fp32" else {"precision": precision}))
+
+
 @app.command()
 def profile(
     model: Annotated[Path, typer.Argument(help="Model folder, or the name of a model of the zoo.")],
@@ -114,24 +121,27 @@ def profile(
     repeats: Annotated[int, typer.Option(min=1, help="Turns of every timing.")] = 7,
     workers: Annotated[int | None, typer.Option(min=1, help="Engines that sample at a time; one per core.")] = None,
     device: Device = "cpu",
-    bf16: Annotated[bool, typer.Option(help="Run the networks in bfloat16.")] = False,
+    bf16: Annotated[
+        bool, typer.Option(help="Run the network in bfloat16, and promise that its numbers hold in it.")
+    ] = False,
 ) -> None:
     """Measure time against batch and depth, and cost and quality of every gear; keep the Pareto set."""
     folder = find(model)
     if find_spec("matplotlib") is None:
         raise UserError("offramp profile draws with matplotlib: pip install 'offramp[train]'")
     images, on = splits(data), place(device)
-    network = load_model(folder)[0].to(on)
+    runtime = Runtime(precision="bf16" if bf16 else "fp32")
+    network = at_precision(load_model(folder)[0].to(on), runtime.precision)
     depths = sorted({depth for gear in load(folder, 1, "cpu").info.gears for depth in gear.schedule.depths})
-    with torch.autocast(on.type, torch.bfloat16, enabled=bf16):
-        timing = time_network(network, ROWS[on.type], depths, repeats)
-        times = time_gears(load(folder, batch, device), repeats)
+    timing = time_network(network, ROWS[on.type], depths, repeats)
+    times = time_gears(load(folder, batch, device, runtime), repeats)
     result = evaluate(folder, find(judge), images, n, seed, bf16=bf16, workers=workers, device=device)
     stored = read_json(folder / "gears.json")
     kept = pareto(result["gears"], ("full", stored["default"]))
     where = provenance(threads=1, device=on.type)
     about: dict[str, Any] = {"n": n, "seed": seed, **({"dtype": "bfloat16"} if bf16 else {}), **where}
     write(folder, stored, kept, times, batch, result["floor"], about, on.type)
+    promise(folder, runtime.precision)
     picture(folder / PICTURE, kept, times, result["floor"], folder.name)
     table = gears_table({**result, "gears": kept}, n, seed, where, times, batch)
     write_card(folder, f"![cost and quality]({PICTURE})\n\n{table}\n\n{timing_table(timing)}", "offramp profile")

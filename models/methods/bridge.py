@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,11 +37,13 @@ class Step:
 
     def run(self, pool: Rows, rows: Tensor, calls: Sequence[Self]) -> None:
         """See Call; each row at its own n."""
-        columns, n = (torch.tensor(v, device=rows.device) for v in ([c.column for c in calls], [c.n for c in calls]))
-        leap = torch.tensor([call.leap for call in calls], device=rows.device)[:, None]
+        said = np.array([(call.column, call.n, call.leap) for call in calls], np.int64).T
+        columns, n, leap = pool.uplink.send(*said)
         z = pool.z[rows, columns]
         (u,) = pool.networks[self.network](pool.taps[rows], z, n, pool.features[rows])
-        pool.z[rows, columns] = torch.where(leap, z - u, posterior_mean(z, u, n[:, None].float(), self.steps))
+        pool.z[rows, columns] = torch.where(
+            leap[:, None] > 0, z - u, posterior_mean(z, u, n[:, None].float(), self.steps)
+        )
 
 
 class Bridge(Plain):

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from models.uncertainty.scores import log_softmax
 if TYPE_CHECKING:
     from models.tasks.classifier import Classifier
     from models.tasks.contracts import Calibration
+    from models.tasks.device import Uplink
 
 Floats = NDArray[np.float64]
 Slots = NDArray[np.int64]
@@ -63,7 +63,8 @@ class Rows(Protocol):
     own logits softened. `logits` is (M, K), one row a member. `far` is the feature distance, from the source or a first
     exit that sees its tap, NaN where it was not measured. `stages` is what each early exit leaves to the next one,
     `heads` (K,) what the head of the last one said. `done` counts calls, `terms` are what a row runs under, `urgent`
-    that a cascade asks the members; `networks` are those of the classifier by name.
+    that a cascade asks the members; `networks` are those of the classifier by name. What a call has on the host goes to
+    the device by `uplink`.
     """
 
     pixels: Tensor
@@ -78,6 +79,7 @@ class Rows(Protocol):
     urgent: NDArray[np.bool_]
     terms: list[Terms]
     networks: Mapping[str, Callable[..., Sequence[Tensor]]]
+    uplink: Uplink
 
 
 class Call(Protocol):
@@ -100,7 +102,7 @@ class Forward:
 
     def run(self, pool: Rows, rows: Tensor, calls: Sequence[Self]) -> None:
         """See Call."""
-        columns = torch.tensor([call.column for call in calls], device=rows.device)
+        [columns] = pool.uplink.send(np.array([call.column for call in calls]))
         (pool.logits[rows, columns],) = pool.networks[self.network](pool.pixels[rows])
 
 

@@ -146,9 +146,9 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def to_pixels(images: NDArray[np.uint8]) -> Tensor:
-    """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255.0
+def to_pixels(images: NDArray[np.uint8] | Tensor) -> Tensor:
+    """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1], where they are."""
+    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255.0
 
 
 def load_members(folder: Path) -> list[ResNet]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models.api import MAX_DRAWS, ClassifiedRow, ClassifyWork, ModelInfo, Runtime, StepStats, UserError
@@ -29,7 +30,7 @@ from models.purification.purify import Purifier
 from models.registry import METHODS, resolve
 from models.tasks.classifier import BRIDGED, Classifier, load_classifier, to_pixels
 from models.tasks.contracts import Calibration, read_calibration
-from models.tasks.device import pick_device
+from models.tasks.device import Uplink, pick_device
 from models.tasks.parts import run_by
 from models.tasks.purifying import PurifyStage, check_purify, load_purifier, mean_of, purified_receipt, purifier_info
 from models.uncertainty.conformal import uniforms
@@ -57,6 +58,7 @@ class ClassifyTask:
         self.plans = {name: plan for name, plan in classifier.plans().items() if name in methods}
         self.softening = classifier.softening
         self.stage = PurifyStage(purifier, MAX_DRAWS if device.type == "cpu" else 16 * MAX_DRAWS)
+        self.uplink = Uplink(device)
         cells = capacity + (MAX_DRAWS if purifier else 0)
         height, width, channels = info.image
         self.pixels = torch.zeros(cells, channels, height, width, device=device)
@@ -90,7 +92,8 @@ class ClassifyTask:
             if len(work.images[i]) != math.prod(shape):
                 raise UserError(f"image {i} has {len(work.images[i])} bytes, {self.info.name} takes {shape}", "images")
         images = np.stack([np.frombuffer(work.images[i], np.uint8).reshape(shape) for i in indices])
-        self.pixels[torch.as_tensor(slots, device=self.device)] = to_pixels(images).to(self.device)
+        rows, sent = self.uplink.send(np.asarray(slots, np.int64), images)
+        self.pixels[rows] = to_pixels(sent)
         self.far[list(slots)] = math.nan
         self.done[list(slots)], self.urgent[list(slots)] = 0, False
         self.alpha[list(slots)] = np.nan if work.alpha is None else work.alpha
@@ -100,13 +103,16 @@ class ClassifyTask:
         self.fresh[list(slots)], self.waited[list(slots)] = plan.source and work.purify is None, 0
         self.stage.forget(slots)
         if work.purify is not None:
-            pixels = self.pixels[torch.as_tensor(slots, device=self.device)]
+            pixels = self.pixels[rows]
             return [self.stage.enter(slots, pixels, (work.images[i] for i in indices), work.purify)] * len(slots)
         return [max(1, len(plan.calls))] * len(slots)
 
+    def _on_device(self, slots: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        return self.uplink.send(np.asarray(slots, np.int64))[0]
+
     def _source(self, slots: Sequence[int]) -> None:
         """The source's forward: tap, features, logits, distance, and where bridges start."""
-        rows = torch.as_tensor(slots, device=self.device)
+        rows = self._on_device(slots)
         self.taps[rows], self.features[rows], logits, *far = self.networks[SOURCE](self.pixels[rows])
         if far:
             self.far[rows] = far[0]
@@ -144,7 +150,7 @@ class ClassifyTask:
     @contextmanager
     def _unmoved(self, slots: Sequence[int]) -> Iterator[None]:
         """Put rows back where they were when their step fails: all that a call both reads and writes."""
-        rows, at = torch.as_tensor(slots, dtype=torch.int64, device=self.device), list(slots)
+        rows, at = self._on_device(slots), list(slots)
         before = self.z[rows], self.done[at], self.urgent[at], self.fresh[at]
         try:
             yield
@@ -159,7 +165,7 @@ class ClassifyTask:
             self._source(fresh)
             self.fresh[fresh] = False
         if calls := [call for slot in slots if (call := self._next(slot))]:
-            calls[0].run(self, torch.as_tensor(slots, device=self.device), calls)
+            calls[0].run(self, self._on_device(slots), calls)
         self.done[slots] += 1
         over: list[int] = []
         for name, own in self._by_method(slots).items():
@@ -169,7 +175,7 @@ class ClassifyTask:
     def _classify_draws(self, method: str, pixels: Tensor) -> ClassifiedRow:
         """A method's whole plan on the draws (D, C, H, W) of one image: the mean of their probabilities."""
         cells = list(range(self.capacity, self.capacity + len(pixels)))
-        rows, plan = torch.as_tensor(cells, device=self.device), self.plans[method]
+        rows, plan = self._on_device(cells), self.plans[method]
         self.pixels[rows], self.done[cells] = pixels, 0
         if plan.source:
             self._source(cells)
@@ -208,7 +214,7 @@ class ClassifyTask:
 
     def _with_distance(self, part: Answer) -> Answer:
         """The same, with the feature distance where it was measured."""
-        far = self.far[torch.as_tensor(part.slots, device=self.device)].double().cpu().numpy()
+        far = self.far[self._on_device(part.slots)].double().cpu().numpy()
         return part if np.isnan(far).any() else replace(part, scores=part.scores | {"feature_distance": far})
 
     def _row(self, slot: int, part: Answer, i: int) -> ClassifiedRow:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.codecs.interface import Codec
+from models.tasks.device import Copy, Wait, at_once
 
 SHARE = 8
 
@@ -27,12 +28,15 @@ def to_uint8(pixels: Tensor) -> NDArray[np.uint8]:
 class DecodeStage:
     """Rows whose last evaluation is done wait here, longest first, for one decode each.
 
-    `alone`: rows to decode at once when none is being drawn; more than one pays on a GPU only.
+    `alone`: rows to decode at once when none is being drawn; more than one pays on a GPU only. `copy` brings pixels to
+    the host.
     """
 
-    def __init__(self, codec: Codec, capacity: int, row_shape: tuple[int, int, int], alone: int = 1) -> None:
+    def __init__(
+        self, codec: Codec, capacity: int, row_shape: tuple[int, int, int], alone: int = 1, copy: Copy = at_once
+    ) -> None:
         channels, height, width = codec.image_shape(row_shape)
-        self.codec, self.alone = codec, alone
+        self.codec, self.alone, self._copy = codec, alone, copy
         self.pixels = np.zeros((capacity, height, width, channels), np.uint8)
         self._queue: dict[int, None] = {}
 
@@ -54,11 +58,12 @@ class DecodeStage:
         listed = set(slots)
         return [slot for slot in self._queue if slot in listed][:budget]
 
-    def decode(self, states: Tensor) -> NDArray[np.uint8]:
-        """Pixels (n, H, W, channels) of states (n, C, h, w); nothing is kept yet."""
-        return to_uint8(self.codec.decode(states))
+    def decode(self, states: Tensor) -> tuple[Tensor, Wait]:
+        """Start bringing the pixels (n, H, W, channels) of states (n, C, h, w) to the host; nothing is kept yet."""
+        return self._copy(levels(self.codec.decode(states)).contiguous())
 
-    def keep(self, slots: Sequence[int], pixels: NDArray[np.uint8]) -> None:
-        """Pixels of rows that wait no more."""
-        self.pixels[list(slots)] = pixels
+    def keep(self, slots: Sequence[int], pixels: Tensor, wait: Wait) -> None:
+        """Pixels of rows that wait no more, once they are here."""
+        wait()
+        self.pixels[list(slots)] = pixels.numpy()
         self.forget(slots)

@@ -16,15 +16,23 @@ from torch import Tensor
 
 ALIGNED = 16  # bytes; every array of a packed copy begins at a multiple
 Wait = Callable[[], object]
+Copy = Callable[[Tensor], tuple[Tensor, Wait]]  # starts a copy to the host: that, and what waits until it is complete
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU; a device that is not there is refused."""
+    """`auto` is CUDA where there is one, else the CPU; a device that is not there is refused.
+
+    On CUDA float32 is float32 from here on: no TF32, in which a classifier's thresholds were not fitted.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} is not available here: set OFFRAMP_DEVICE to cpu or auto")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+    return device
 
 
 class Uplink:
@@ -65,12 +73,9 @@ def _dtype(array: NDArray[Any]) -> torch.dtype:
 
 
 class Readback:
-    """Pixels of finished rows on their way to the host.
+    """Pixels of finished rows on their way to the host."""
 
-    `copy` starts a copy of a device tensor and returns it with a function that waits until it is complete.
-    """
-
-    def __init__(self, copy: Callable[[Tensor], tuple[Tensor, Wait]]) -> None:
+    def __init__(self, copy: Copy) -> None:
         self._copy = copy
         self._under_way: dict[int, tuple[Tensor, Wait]] = {}
 
@@ -97,7 +102,12 @@ class Readback:
             self._under_way.pop(slot, None)
 
 
-def side_stream_copy(device: torch.device) -> Callable[[Tensor], tuple[Tensor, Wait]]:
+def at_once(value: Tensor) -> tuple[Tensor, Wait]:
+    """A Copy that is complete when it is returned; on the CPU the tensor itself."""
+    return value.cpu(), lambda: None
+
+
+def side_stream_copy(device: torch.device) -> Copy:
     """Copies to pinned memory on a CUDA stream of their own, after what is queued by now, beside what comes."""
     stream = torch.cuda.Stream(device)
 

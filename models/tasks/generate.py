@@ -37,8 +37,6 @@ from models.tasks.receipts import receipt
 from models.tasks.saved import Kept, pack, unpack
 from models.tasks.tick import Tick
 
-START = -1
-
 
 class GenerateTask:
     """A generator and its pool of `capacity` slots; see models.api.Task for the contract.
@@ -77,11 +75,8 @@ class GenerateTask:
 
     @torch.inference_mode()
     def admit(self, work: GenerateWork, indices: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
-        """Coefficients and depths of every evaluation, and the initial noise."""
-        trajectory = self._place(work, indices, slots)
-        here = self.pool.on_device(slots)
-        keys = self.pool.on_device(self.pool.seed[list(slots)])
-        self.pool.x[here] = trajectory.scale * normal(keys, torch.full_like(keys, START), self.model.row_shape)
+        """Coefficients and depths of every evaluation."""
+        self._place(work, indices, slots)
         return self._left(slots)
 
     @torch.inference_mode()
@@ -107,7 +102,7 @@ class GenerateTask:
         left = self.pool.evaluations[list(slots)] - self.pool.done[list(slots)] + more
         return [int(n) for n in left]
 
-    def _place(self, work: GenerateWork, indices: Sequence[int], slots: Sequence[int]) -> Trajectory:
+    def _place(self, work: GenerateWork, indices: Sequence[int], slots: Sequence[int]) -> None:
         """Tables of new rows; their states are not set."""
         if self.guided_channels == 0 and work.guidance != 1.0:
             raise UserError(f"{self.info.name} has no null label to guide with: leave guidance at 1", "guidance")
@@ -127,7 +122,6 @@ class GenerateTask:
             self.decoding.forget(slots)
         if self.readback is not None:
             self.readback.forget(slots)
-        return trajectory
 
     def shift(self, work: GenerateWork, slots: Sequence[int]) -> None:
         """Depths of the evaluations to come, by the schedule of the work's gear."""
@@ -151,7 +145,7 @@ class GenerateTask:
         pixels = self.decoding.decode(pool.x[pool.on_device(chosen)]) if self.decoding and chosen else None
         stats = self._draw(drawing) if len(drawing) else StepStats(rows=0)
         if self.decoding and pixels is not None:
-            self.decoding.keep(chosen, pixels)
+            self.decoding.keep(chosen, *pixels)
         if self.readback is not None:
             self._send([slot for slot in ready if slot not in self.readback])
         if self.ahead is not None:
@@ -160,9 +154,10 @@ class GenerateTask:
         return replace(stats, rows=stats.rows + len(chosen), decoded=len(chosen), waiting=waiting)
 
     def _draw(self, slots: Ints) -> StepStats:
-        """One evaluation of rows that have some to come; the pool is touched last, when nothing can fail any more."""
+        """One evaluation of rows that have some to come; those move last, when nothing can fail any more."""
         pool, tick = self.pool, Tick.of(self.pool, slots, self.model.null_label)
         rows, at = tick.rows, tick.at
+        pool.begin(rows)
         ran = self._run(tick)
         copies, bins = tick.copies, np.minimum((pool.u[rows, at] * 10).astype(int), 9)
         stats = StepStats(
@@ -199,10 +194,11 @@ class GenerateTask:
     def _network(self, tick: Tick) -> tuple[Tensor, Tensor | None, list[int]]:
         """Guided output and learned variance (N, C, H, W) of a tick's rows, and network rows by block."""
         pool = self.pool
-        here, e, first, last, guidance = pool.uplink.send(
-            tick.rows[tick.source], tick.at[tick.source], tick.first, tick.last, pool.guidance[tick.rows]
+        c_in = tick.coef[tick.source, INDEX["c_in"]]
+        here, c_in, first, last, guidance = pool.uplink.send(
+            tick.rows[tick.source], c_in, tick.first, tick.last, pool.guidance[tick.rows]
         )
-        x = pool.x[here] * pool.coef[here, e, INDEX["c_in"]][:, None, None, None]
+        x = pool.x[here] * c_in[:, None, None, None]
         output, per_block = self.backend(x, self._condition(tick), tick.depths)
         conditional, variance = output[first] if tick.paired else output, None
         if self.model.learned_variance:
@@ -241,12 +237,12 @@ class GenerateTask:
         """The update of a tick's rows, and their new states."""
         pool, rows, at = self.pool, tick.rows, tick.at
         noisy = np.flatnonzero(pool.noisy[rows, at])
-        here, e, which, seeds, when = pool.uplink.send(rows, at, noisy, pool.seed[rows[noisy]], at[noisy])
+        here, coef, which, seeds, when = pool.uplink.send(rows, tick.coef, noisy, pool.seed[rows[noisy]], at[noisy])
         z = torch.zeros(len(rows), *self.model.row_shape, device=self.device)
         if len(noisy):
             z[which] = normal(seeds, when, self.model.row_shape)
         x, s, h1, h2 = pool.states[:, here]
-        pool.states[:, here] = torch.stack(update(pool.coef[here, e], x, s, h1, h2, output, z, variance))
+        pool.states[:, here] = torch.stack(update(coef, x, s, h1, h2, output, z, variance))
 
     @torch.inference_mode()
     def save(self, slots: Sequence[int]) -> Sequence[bytes]:

@@ -17,7 +17,7 @@ from models.registry import BACKBONES, BACKENDS, CODECS, resolve
 from models.solvers.process import from_config, solvers_for
 from models.store import StoreError, read_config, read_tensors, weights_digest
 from models.tasks.decoding import DecodeStage
-from models.tasks.device import pick_device
+from models.tasks.device import pick_device, side_stream_copy
 from models.tasks.gears import read_gears
 from models.tasks.generate import GenerateTask
 
@@ -95,7 +95,9 @@ def load_decoding(
     table = config["codec"]
     tensors = read_tensors(folder, table["file"], config["files"])
     codec = resolve(CODECS, table["name"])(table["config"], {k: v.to(device) for k, v in tensors.items()})
-    return DecodeStage(codec, slots, model.row_shape, alone=1 if device.type == "cpu" else 8)
+    if device.type != "cuda":
+        return DecodeStage(codec, slots, model.row_shape)
+    return DecodeStage(codec, slots, model.row_shape, alone=8, copy=side_stream_copy(device))
 
 
 @torch.no_grad()

@@ -20,12 +20,13 @@ from models.backends.cudagraph import CudaGraph, buckets_up_to
 from models.backends.interface import Backend, BackendUnavailable
 from models.solvers.kernel import update
 from models.solvers.noise import normal
-from models.solvers.table import INDEX
+from models.solvers.table import FIELDS, INDEX
 from models.tasks.pool import Ints, RowPool
 from models.tasks.tick import Tick
 
 SMALL = 8  # rows of a whole tick's graph, at most
-SLOT, EVALUATION, SEED, LABEL, GUIDANCE = range(5)  # columns of the index; guidance is the bits of a float64
+SLOT, EVALUATION, SEED, LABEL, GUIDANCE, COEF = range(6)  # columns of the index, the last the first of many
+WIDTH = COEF + -(-len(FIELDS) // 2)  # guidance is the bits of a float64, coefficients those of two float32 a column
 log = logging.getLogger(__name__)
 
 
@@ -53,7 +54,7 @@ class TickGraphs:
         self.update = torch.compile(update, dynamic=True) if backend.fuses else update
         self.buckets = buckets_up_to(pool.capacity)
         self.most = self.buckets[-1]
-        self.index = torch.zeros(self.most, 5, dtype=torch.int64, device=pool.device)
+        self.index = torch.zeros(self.most, WIDTH, dtype=torch.int64, device=pool.device)
         self.index[:, SLOT] = pool.capacity
         self.output = torch.zeros(self.most, *pool.row_shape, device=pool.device)
         self.variance = torch.zeros_like(self.output) if model.learned_variance else None
@@ -95,10 +96,11 @@ class TickGraphs:
         """Write the tick's index and return its bucket."""
         pool, n = self.pool, len(tick.rows)
         bucket = self.buckets[bisect_left(self.buckets, n)]
-        index = np.zeros((bucket, 5), np.int64)
+        index = np.zeros((bucket, WIDTH), np.int64)
         index[:, SLOT] = pool.capacity
         guidance = pool.guidance[tick.rows].astype(np.float64).view(np.int64)
-        index[:n] = np.stack([tick.rows, tick.at, pool.seed[tick.rows], pool.label[tick.rows], guidance], 1)
+        index[:n, :COEF] = np.stack([tick.rows, tick.at, pool.seed[tick.rows], pool.label[tick.rows], guidance], 1)
+        index.view(np.float32)[:n, 2 * COEF : 2 * COEF + len(FIELDS)] = tick.coef
         pool.uplink.write(self.index[:bucket], index)
         return bucket
 
@@ -109,17 +111,16 @@ class TickGraphs:
         return []
 
     def _advance(self, index: Tensor, output: Tensor, v: Tensor | None, noisy: bool) -> None:
-        pool, (here, e) = self.pool, (index[:, SLOT], index[:, EVALUATION])
-        z = normal(index[:, SEED], e, pool.row_shape) if noisy else torch.zeros_like(output)
+        pool, here = self.pool, index[:, SLOT]
+        z = normal(index[:, SEED], index[:, EVALUATION], pool.row_shape) if noisy else torch.zeros_like(output)
         x, s, h1, h2 = pool.states[:, here]
-        pool.states[:, here] = torch.stack(self.update(pool.coef[here, e], x, s, h1, h2, output, z, v))
+        pool.states[:, here] = torch.stack(self.update(_coef(index), x, s, h1, h2, output, z, v))
 
     def _tick(self, bucket: int, depth: int, guided: bool, noisy: bool) -> list[Tensor]:
         """What is captured for `whole`."""
         pool, index = self.pool, self.index[:bucket]
-        here, label = index[:, SLOT], index[:, LABEL].contiguous()  # contiguous as compiled parts expect them
-        coef = pool.coef[here, index[:, EVALUATION]]
-        x, t = pool.x[here] * coef[:, INDEX["c_in"], None, None, None], coef[:, INDEX["t"]].contiguous()
+        here, label, coef = index[:, SLOT], _own(index[:, LABEL]), _coef(index)
+        x, t = pool.x[here] * coef[:, INDEX["c_in"], None, None, None], _own(coef[:, INDEX["t"]])
         if guided:
             x, t = torch.cat([x, x]), torch.cat([t, t])
             label = torch.cat([label, torch.full_like(label, self.model.null_label)])
@@ -134,3 +135,13 @@ class TickGraphs:
             conditional = plain + scale * (conditional - plain)
         self._advance(index, conditional, v, noisy)
         return []
+
+
+def _coef(index: Tensor) -> Tensor:
+    """Coefficients (N, len(FIELDS)) of the rows of an index, in memory of their own."""
+    return _own(index[:, COEF:].view(torch.float32)[:, : len(FIELDS)])
+
+
+def _own(value: Tensor) -> Tensor:
+    """A copy laid out as compiled parts expect their inputs; .contiguous() leaves a slice of one row as it is."""
+    return value.clone(memory_format=torch.contiguous_format)

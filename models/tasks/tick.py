@@ -9,6 +9,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from models.solvers.table import INDEX
 from models.tasks.pool import Ints, RowPool
 
 
@@ -18,6 +19,7 @@ class Tick:
 
     Attributes:
         rows, at: slot and evaluation (N,).
+        coef: coefficients of the evaluations (N, len(FIELDS)), float32.
         copies: network rows of each row (N,).
         source: the row that a network row is of (M,).
         labels, times, depths: of the network rows (M,).
@@ -25,6 +27,7 @@ class Tick:
 
     rows: Ints
     at: Ints
+    coef: NDArray[np.float32]
     copies: NDArray[np.int8]
     source: Ints
     labels: Ints
@@ -35,12 +38,12 @@ class Tick:
     def of(cls, pool: RowPool, slots: Ints, null_label: int) -> Self:
         """The next evaluation of the rows in `slots`."""
         rows, at = pool.by_depth(slots)
-        copies = pool.copies[rows, at]
+        coef, copies = pool.coef[rows, at], pool.copies[rows, at]
         source = np.repeat(np.arange(len(rows)), copies)
         labels = pool.label[rows][source]
         labels[np.cumsum(copies)[copies == 2] - 1] = null_label
         depths = pool.depth[rows, at][source].tolist()
-        return cls(rows, at, copies, source, labels, pool.t[rows, at][source], depths)
+        return cls(rows, at, coef, copies, source, labels, coef[source, INDEX["t"]], depths)
 
     @property
     def paired(self) -> bool:

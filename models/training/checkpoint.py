@@ -80,7 +80,16 @@ def load_checkpoint(folder: Path, model: nn.Module, ema: nn.Module, optimizer: t
     if state:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+        lay_out(optimizer)
     return progress
+
+
+def lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Give moments the strides of their parameters, which fused kernels pair in memory order: files know none."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def compact(folder: Path, out: Path) -> None:

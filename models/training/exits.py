@@ -9,6 +9,7 @@ first (`explore`), schedules optimised on the errors measured then, rows of all 
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from models.api import ExitSchedule, UserError
 from models.backbones.interface import Backbone
 from models.exits.optimise import equal_edges, optimise, to_schedule, uniform_times, visits
 from models.exits.plan import make, plan
+from models.store import read_json
 from models.training.checkpoint import append_log
 from models.training.compiling import compile_in_place
 from models.training.data import Images, Labels
@@ -33,6 +35,7 @@ from models.training.session import HERE, Session, device_of, half, to
 
 Depths = Callable[[NDArray[np.float64]], NDArray[np.int64]]
 SNR_CLIP = 5.0
+SCHEDULES = "schedules.json"  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,16 @@ def schedules(
     return made
 
 
+def kept_schedules(path: Path, depth: int, choose: Callable[[], dict[str, ExitSchedule]]) -> dict[str, ExitSchedule]:
+    """What an earlier session chose; measured again on another machine, a near tie may fall the other way."""
+    if path.is_file():
+        return {name: make(table, depth) for name, table in read_json(path).items()}
+    chosen = choose()
+    tables = {name: {"exit": "table", "edges": s.edges, "depths": s.depths} for name, s in chosen.items()}
+    path.write_text(json.dumps(tables))
+    return chosen
+
+
 def train_exits(
     model: Backbone, recipe: ExitsRecipe, images: Images, labels: Labels, out: Path, session: Session = HERE
 ) -> tuple[Backbone, dict[str, ExitSchedule], dict[str, Any]]:
@@ -200,7 +213,7 @@ def train_exits(
         append_log(out, errors=table.tolist(), depths=list(depths))
         return table
 
-    chosen = schedules(recipe, depths, errors)
+    chosen = kept_schedules(out / SCHEDULES, model.depth, lambda: schedules(recipe, depths, errors))
     lighter = [schedule for schedule in chosen.values() if min(schedule.depths) < model.depth]
 
     def by_gear(u: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ from models.training.compiling import compile_in_place
 from models.training.session import HERE, Paused, Session
 
 LOOK = 50  # steps between looks at the loss where a look waits for the device
+WARM = 3  # steps in which a compiled network is compiled
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Optim:
     """How to descend. `steps` updates of `batch` rows; lr warms up linearly, then falls as a cosine.
 
     `minutes` > 0: the cosine runs over so many minutes of all sessions together, unless `steps` are done before, and
-    the run ends with it. `compile`: the network by torch.compile, on CUDA, where there is a compiler.
+    the run ends with it. `compile`: the network by torch.compile, on CUDA, where there is a compiler; the minutes count
+    from where it has been compiled.
     """
 
     steps: int
@@ -62,12 +64,13 @@ class Trained:
 def learning_rate(optim: Optim, step: int, spent: float = 0.0, restarted: int = 0) -> float:
     """Linear warm-up, then cosine to zero at `steps`, or when the share `spent` of the minutes is 1.
 
-    From step `restarted` on, where moments began anew, it warms up again.
+    Minutes that end sooner than the warm-up bring it to zero all the same. From step `restarted` on, where moments
+    began anew, it warms up again.
     """
     if step < optim.warmup:
-        return optim.lr * (step + 1) / optim.warmup
+        return optim.lr * (step + 1) / optim.warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, spent)))
     progress = max(spent, (step - optim.warmup) / max(1, optim.steps - optim.warmup))
-    again = min(1.0, (step + 1 - restarted) / optim.warmup) if restarted else 1.0
+    again = min(1.0, (step + 1 - restarted) / max(1, optim.warmup)) if restarted else 1.0
     return again * 0.5 * optim.lr * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
@@ -118,7 +121,8 @@ def train(
 
     Raises:
         Paused: the session was over first; the checkpoint is written.
-        FloatingPointError: the loss is not finite: on the CPU at that step, on CUDA at the next of every LOOK.
+        FloatingPointError: the loss is not finite: on the CPU at that step, on CUDA at the next of every LOOK; the last
+            checkpoint is from before.
     """
     for module in freeze:
         module.requires_grad_(False)
@@ -138,7 +142,8 @@ def train(
         return resumed.seconds + time.perf_counter() - began
 
     def keep() -> None:
-        stand = Progress(step, mean.item(), seconds(), resumed.restarted)
+        now = finite(mean, label, step) if step else mean.item()  # there is none before the first
+        stand = Progress(step, now, seconds(), resumed.restarted)
         save_checkpoint(out, stand, model, average, optimizer)
         append_log(out, label=label, step=step, loss=stand.loss, seconds=stand.seconds)
 
@@ -153,20 +158,30 @@ def train(
         mean = averaged(mean, value.detach().double(), first=step == 0)
         done = step + 1 == optim.steps or spent >= 1
         looks = value.device.type == "cpu" or (step + 1) % LOOK == 0 or done
-        if looks and not math.isfinite(now := mean.item()):
-            raise FloatingPointError(f"{label}: loss is {now} at step {step}; lower optim.lr")
+        if looks:
+            finite(mean, label, step)
         value.backward()
         nn.utils.clip_grad_norm_(parameters, optim.clip)
         optimizer.step()
         optimizer.zero_grad()
         averager.update(optim.ema, step)
         step += 1
+        if optim.compile and step == resumed.step + WARM and mean.is_cuda:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
         if step % 50 == 0 or done:
             left = (time.perf_counter() - began) / (step - resumed.step) * (optim.steps - step)
             progress(label, step, optim.steps, mean.item(), min(left, optim.left(seconds())))
         if step % optim.checkpoint_every == 0 or done:
             keep()
     return Trained(average.eval(), mean.item(), seconds(), step)
+
+
+def finite(mean: Tensor, label: str, step: int) -> float:
+    """The loss; FloatingPointError where it is not finite."""
+    if not math.isfinite(now := mean.item()):
+        raise FloatingPointError(f"{label}: loss is {now} at step {step}; lower optim.lr")
+    return now
 
 
 def averaged(mean: Tensor, value: Tensor, first: bool) -> Tensor:

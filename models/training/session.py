@@ -51,6 +51,7 @@ def begin(device: str, minutes: float | None = None) -> Session:
         raise UserError(f"--device {device}: there is no such device here; use cpu or auto") from error
     if where.type == "cuda":
         torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     return Session(where, math.inf if minutes is None else time.monotonic() + 60.0 * minutes)
 

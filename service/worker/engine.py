@@ -18,7 +18,7 @@ from service.worker.progress import Progress, Reporter
 from service.worker.rate import DrainRate
 from service.worker.scheduler import Admission, JobRun, Plan, Scheduler, evaluations_of
 from service.worker.shifting import Shifting
-from service.worker.splitting import Splitter, merged
+from service.worker.splitting import Splitter, is_lost, merged
 
 __all__ = ["Engine", "Finished", "Progress", "Tick"]
 REFILL_S = 0.05
@@ -283,6 +283,8 @@ class Engine:
                 complete = self._scheduler.collected(slots, outputs)
                 over += [self._completed(job) for job in complete]
             except Exception as error:
+                if is_lost(error):
+                    raise
                 over += self._fail([job], error, "collect")
         return over
 

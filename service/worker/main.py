@@ -22,6 +22,7 @@ from service.metrics import WorkerMetrics
 from service.worker.engine import Engine
 from service.worker.io import WorkerIO
 from service.worker.shadow import Shadow
+from service.worker.splitting import is_lost
 from service.worker.warmup import tick_times
 
 TASK_OF_KIND = {"generator": "generate", "ensemble": "classify", "drill": "drill"}
@@ -66,7 +67,13 @@ def run(settings: Settings) -> int:
     io = WorkerIO(settings.redis_url, worker, engines, settings, metrics, wake.set)
     io.start()
     log.info("serving", extra={"worker": worker, "models": ",".join(engine.name for engine in engines)})
-    loop(engines, io, stop, wake, Shadow(engines, metrics, settings.shadow_share))
+    try:
+        loop(engines, io, stop, wake, Shadow(engines, metrics, settings.shadow_share))
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        log.error("device lost, entries are left to redelivery", exc_info=error)
+        return 1
     if io.error is not None:
         log.error("worker broken, entries are left to redelivery", exc_info=io.error)
         return 1

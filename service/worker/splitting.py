@@ -12,13 +12,23 @@ Reason = Literal["error", "memory"]
 R = TypeVar("R")
 T = TypeVar("T")
 CALM_RUNS = 64
-NO_MEMORY = "can't allocate memory"  # what PyTorch's allocator for CPUs says, in a RuntimeError
+NO_MEMORY = (  # what PyTorch's allocators for CPUs and for pinned memory say, in a RuntimeError
+    "can't allocate memory",
+    "CUDA error: out of memory",
+)
 
 
 def is_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on the host or on a device."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    return isinstance(error, MemoryError) or "OutOfMemoryError" in names or NO_MEMORY in str(error)
+    said = any(words in str(error) for words in NO_MEMORY)
+    return isinstance(error, MemoryError) or "OutOfMemoryError" in names or said
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a device is of no more use to this process: after such an error every call fails, whoever's it is."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return "AcceleratorError" in names and not is_memory(error)
 
 
 class Splitter:
@@ -46,7 +56,7 @@ class Splitter:
         A failed part is halved if its error is one of `reasons`; `blame` gets the first row of a part that fails for
         good, in the `except` block. Rows that are not `wanted` any more (their job has failed) are left out. Only
         for calls that change nothing when they raise. The error is let go before the next call: its traceback holds
-        on to the memory that ran out.
+        on to the memory that ran out. An error that no row is to blame for (`is_lost`) goes to the caller.
         """
         made: list[R] = []
         parts = [rows[i : i + self.limit] for i in range(0, len(rows), self.limit)][::-1]
@@ -59,6 +69,8 @@ class Splitter:
                 made.append(call(part))
                 continue
             except Exception as error:
+                if is_lost(error):
+                    raise
                 reason: Reason = "memory" if is_memory(error) else "error"
                 if len(part) == 1 or reason not in reasons:
                     blame(part[0], error)

@@ -32,13 +32,24 @@ def test_the_whole_measurement_runs_at_toy_size(tmp_path, capsys):
     gaps = sections["random-dit/quality"]["found"]
     assert gaps["fp32/eager"]["most"] <= 1  # the plain loop and the engine draw the same images
     assert gaps["bf16/cudagraph"]["mean"] < 8
+    assert gaps["fp32/eager, few rows at a time"]["most"] <= 1
+    beside = [gap for name, gap in gaps.items() if name.startswith("bf16/cudagraph beside eager")]
+    assert len(beside) == 3
+    assert max(gap["mean"] for gap in beside) < 1
     exits = sections["random-dit/exits"]["found"]
     assert {row["gear"] for row in exits} == {"balanced", "eco"}
     assert all(0 < row["layer_saving"] < 1 for row in exits)
     assert len(found["targets"]) == 10
     assert "mixed steps" in capsys.readouterr().out
     text = bench_report.markdown(tmp_path / "engine.json")
-    for words in ("commit abc", "Network at full depth:", "Poisson arrivals", "| bf16/cudagraph |"):
+    for words in (
+        "commit abc",
+        "Network at full depth:",
+        "Images / s by batch",
+        "With scheduler, gears and metrics",
+        "Poisson arrivals",
+        "| bf16/cudagraph |",
+    ):
         assert words in text
     assert BACKENDS["cudagraph"] == "models.backends.cudagraph:build"
 
@@ -84,12 +95,21 @@ def test_targets_are_met_missed_or_not_measured():
         "balanced best": {"over_plain": {"median": 2.7}, "over_compiled": {"median": 2.2}},
     }
     saving = [
-        {"gear": "balanced", "rows": rows, "n_sat": 8, "of_layer_saving": share}
-        for rows, share in ((8, 0.99), (32, 0.96), (64, 0.94))
+        {"way": way, "gear": "balanced", "rows": rows, "n_sat": 8, "mixed_s": seconds, "of_layer_saving": share}
+        for way, rows, seconds, share in (
+            *(("bf16/cudagraph", 8, 1.0, 0.9), ("bf16/cudagraph", 32, 3.0, 0.97), ("bf16/cudagraph", 64, 6.0, 0.96)),
+            *(("bf16/eager", 32, 6.0, 0.99), ("bf16/eager", 64, 12.0, 0.5)),
+        )
     ]
-    tick = {"rows": 1, "way": "bf16/cudagraph", "outside_kernels": 0.2}
+    ticks = [
+        {"rows": rows, "way": way, "tick_s": seconds, "outside_kernels": share}
+        for rows, way, seconds, share in (
+            *((1, "bf16/cudagraph", 1.0, 0.05), (1, "bf16/cudagraph", 1.1, 0.2)),
+            *((1, "bf16/compiled_cudagraph", 1.2, 0.01), (64, "bf16/cudagraph", 0.9, 0.0)),
+        )
+    ]
     found = targets(
-        {"sections": {"m/mixed": {"found": {"ways": ways}}, "m/exits": {"found": saving}, "m/ticks": {"found": [tick]}}}
+        {"sections": {"m/mixed": {"found": {"ways": ways}}, "m/exits": {"found": saving}, "m/ticks": {"found": ticks}}}
     )
     said = {one["what"]: (one["value"], verdict(one)) for one in found}
     assert said["full over the plain loop, mixed steps"] == (2.1, "met")

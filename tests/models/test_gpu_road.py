@@ -30,7 +30,7 @@ RECIPES = {
     "time_scale = 1000.0\n" + OPTIM.format("optim") + "minutes = 5.0\n",
     "cifar-exits": f'name = "cifar-uvit"\nbase = "cifar-uvit-base"\n{GUIDED}distill = 0.5\nflip = true\nbins = 2\n'
     'default = "eco"\n[gears]\nfull = 1.0\neco = 0.8\n' + OPTIM.format("explore") + OPTIM.format("optim"),
-    "cifar-ensemble": f'name = "cifar-ensemble"\n{LABELS}members = 2\nimages = 24\nshift = 1\nflip = true\n'
+    "cifar-ensemble": f'name = "cifar-ensemble"\n{LABELS}members = 2\npool = 1\nimages = 24\nshift = 1\nflip = true\n'
     '[network]\nchannels = 3\nclasses = 2\nwidth = 4\nnorm = "frn"\nactivation = "swish"\nstem_stride = 1\n'
     + OPTIM.format("optim")
     + 'algorithm = "sgd"\nema = 0.0\n',
@@ -82,11 +82,23 @@ def test_every_stage_in_order_and_on_a_second_machine(road, data, tmp_path):
     first = road(["members", "uvit"], "a", "slot-1")
     assert [stage["finished"] for stage in first["stages"]] == [True, True]
     assert np.isfinite(first["stages"][1]["validation"])
-    assert {p.name for p in (tmp_path / "slot-1").iterdir()} >= {"members.tar.00", "uvit.tar.00", "train.json"}
+    came_back = {p.name for p in (tmp_path / "slot-1").iterdir()}
+    assert came_back >= {"members.tar.00", "members+pool.tar.00", "uvit.tar.00", "uvit.txt", "train.json"}
+    (tmp_path / "slot-1" / "members+pool.tar.00").rename(tmp_path / "members+pool.tar.00")
     stages = ["uvit", "uvit-exits", "bridge", "uvit-profile"]
     second = road(stages, "b", "slot-2", state=tmp_path / "slot-1")
     assert [(s["stage"], s["finished"]) for s in second["stages"]] == [(name, True) for name in stages[1:]]
     assert second["waiting"] == []
+    assert read_json(tmp_path / "b" / "out" / "runs" / "cifar-uvit" / "schedules.json").keys() == {"full", "eco"}
+
+    pool = tmp_path / "b" / "out" / "cifar-ensemble" / "member-3.safetensors"
+    assert not pool.exists()
+    (tmp_path / "slot-2" / "members+pool.tar.00").write_bytes((tmp_path / "members+pool.tar.00").read_bytes())
+    third = road(["classify"], "b", "slot-3", state=tmp_path / "slot-2")
+    assert [stage["finished"] for stage in third["stages"]] == [True]
+    assert pool.is_file()
+    with tarfile.open(tmp_path / "slot-3" / "classify.tar.00") as archive:
+        assert {"out/cifar-ensemble/card.md", "out/cifar-bridge/card.md"} <= set(archive.getnames())
 
     made = tmp_path / "b" / "out"
     files = list(read_config(made / "cifar-uvit")["files"])

@@ -15,6 +15,7 @@ from models.backends.parts import example_rows
 from models.backends.precision import Bfloat16, at_precision, choose
 from models.registry import BACKENDS, resolve
 from models.store import ZOO
+from models.tasks.decoding import DecodeStage
 from models.tasks.device import OneAhead, Readback, Uplink
 from models.tasks.generate import GenerateTask
 from models.tasks.generator import load
@@ -165,6 +166,77 @@ def test_a_row_restored_at_its_end_has_its_pixels_sent():
     task.step([1])
     assert 1 in task.readback
     np.testing.assert_array_equal(task.collect([1])[0].pixels, expected.pixels)
+
+
+def test_admission_leaves_the_device_alone_until_the_first_step():
+    """So that rows that come one by one begin together; their noise is their own all the same."""
+    alone, together = small(), small()
+    before = together.pool.states.clone()
+    for slot in range(3):
+        together.admit(work(1, 2, seeds=(slot,)), [0], [slot])
+    assert torch.equal(together.pool.states, before)
+    together.step([0, 1, 2])
+    alone.admit(work(1, 2, seeds=(2,)), [0], [2])
+    alone.step([2])
+    torch.testing.assert_close(alone.pool.x[2], together.pool.x[2], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(together.pool.x[0], together.pool.x[2])
+
+
+def test_a_slot_s_next_row_begins_with_nothing_of_the_one_before():
+    fresh, used = small(), small()
+    used.admit(work(1, 3, solver="dpmpp_2m"), [0], [1])
+    for _ in range(3):
+        used.step([1])
+    for task in (fresh, used):
+        task.admit(work(1, 3, seeds=(7,), solver="dpmpp_2m"), [0], [1])
+        task.step([1])
+    assert torch.equal(fresh.pool.states[:, 1], used.pool.states[:, 1])
+
+
+def test_decoded_pixels_are_waited_for_when_they_are_kept():
+    copy = Later()
+    stage = DecodeStage(Halving(), 4, (1, 2, 2), copy=copy)
+    stage.enter([2])
+    started = stage.decode(torch.ones(1, 1, 2, 2))
+    assert copy.waited == 0
+    stage.keep([2], *started)
+    assert copy.waited == 1
+    assert stage.pixels[2].ravel().tolist() == [191] * 4
+
+
+class Halving:
+    """A codec whose pixels are half its states."""
+
+    free = True
+
+    def image_shape(self, shape):
+        return shape
+
+    def decode(self, states):
+        return states / 2
+
+
+# The same on a CUDA device
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["eager", "cudagraph"])
+@pytest.mark.parametrize(
+    ("solver", "gear", "guidance"),
+    [("ddpm", "full", 2.0), ("dpmpp_2m", "balanced", 2.0), ("unipc", "eco", 1.0), ("ddim", "balanced", 1.0)],
+)
+def test_a_gpu_draws_what_a_cpu_draws(backend, solver, gear, guidance):
+    there = load(ZOO / "fashion-dit", 8, "cuda", Runtime(backend=backend))
+    chosen = {"solver": solver, "guidance": guidance}
+    jobs = work(3, 4, gear=gear, **chosen), work(2, 6, seeds=(9, 10), gear="full", **chosen)
+    for asked in (jobs, jobs[:1]):
+        expected, _ = drawn(small(8), *asked)
+        found, _ = drawn(there, *asked)
+        for rows, others in zip(expected, found, strict=True):
+            for row, other in zip(rows, others, strict=True):
+                assert row.exit_depths == other.exit_depths
+                assert row.layer_evals == other.layer_evals
+                assert np.abs(row.pixels.astype(int) - other.pixels.astype(int)).max() <= 2
 
 
 # Captured updates

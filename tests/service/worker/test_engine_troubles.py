@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models.api import GenerateWork, StepStats, UserError
 from service.protocol import Failure
 from service.worker.engine import Engine
-from service.worker.splitting import CALM_RUNS, Splitter, is_memory
+from service.worker.splitting import CALM_RUNS, Splitter, is_lost, is_memory
 from tests.service.worker.test_engine import make, run, sample
 from tests.service.worker.toy import BAD_STEP, EARLY, ToyGenerate, Trouble
 from tests.service.worker.work import delivery, draw
@@ -20,6 +20,10 @@ HUGE = 3  # a label
 
 
 class OutOfMemoryError(RuntimeError):
+    """Named as PyTorch's."""
+
+
+class AcceleratorError(RuntimeError):
     """Named as PyTorch's."""
 
 
@@ -122,11 +126,35 @@ def test_admission_is_halved_too_when_memory_runs_out() -> None:
         (MemoryError(), True),
         (OutOfMemoryError(), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+        (AcceleratorError("CUDA error: out of memory"), True),
         (RuntimeError("shape"), False),
     ],
 )
 def test_which_errors_say_that_memory_ran_out(error: Exception, memory: bool) -> None:
     assert is_memory(error) == memory
+    assert not is_lost(error)
+
+
+class Lost(Small):
+    """A device that fails for good at its third step."""
+
+    steps = 0
+
+    def step(self, slots: Sequence[int]) -> StepStats:
+        self.steps += 1
+        if self.steps == 3:
+            raise AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return super().step(slots)
+
+
+def test_a_device_that_is_lost_is_nobody_s_fault() -> None:
+    """No job is blamed: the error leaves the engine, and with it the worker."""
+    engine = make(Lost(capacity=8, fits=8))
+    engine.offer(delivery(draw(rows=4, steps=5)))
+    assert is_lost(AcceleratorError("CUDA error: unspecified launch failure"))
+    with pytest.raises(AcceleratorError, match="illegal memory access"):
+        for _ in range(4):
+            assert engine.tick().finished == []
 
 
 @given(
