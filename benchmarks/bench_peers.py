@@ -53,7 +53,8 @@ FILES = ("--out", "--resume", "--venvs")
 PROTOCOL = (
     "One worker process and one torch thread each; a contestant's processes run on cores {servers}, the client on core "
     "{client}. {repeats} repeats, order turned and reversed; medians, [least, greatest]. Peers batch at most {batch} "
-    "requests. noop and sleep: only Offramp decodes the picture."
+    "requests; Offramp has {slots} slots. Offramp is told the deadline of every request, a peer has it as its timeout, "
+    "where it has one (MLServer and FastAPI have none). noop and sleep: only Offramp decodes the picture."
 )
 
 
@@ -82,6 +83,7 @@ def head(plan: Plan) -> dict[str, Any]:
             client=", ".join(map(str, CLIENT)),
             repeats=plan.repeats,
             batch=", ".join(f"{n} ({work})" for work, n in batches.items()),
+            slots=", ".join(f"{TUNING[work].slots} ({work})" for work in plan.works),
         ),
     }
 
@@ -92,11 +94,11 @@ def plan_of(chosen: argparse.Namespace) -> Plan:
     works = [work for work in WORKS if work in chosen.only] or list(WORKS)
     plan = Plan(works, names(wanted), chosen.venvs)
     if not chosen.long:
-        there = [n for n in plan.contestants if n in ("offramp", "fastapi") or venvs.python(chosen.venvs, n)]
+        there = [n for n in plan.contestants if n not in missing(plan)]
         if not chosen.only:  # what fits into three minutes
             works = ["sleep", "classify", "mixed"] if len(there) < 4 else ["sleep"]
         plan = replace(
-            plan, works=works, contestants=there, repeats=1, connections=(1, 16), loads=(0.8,), own=(), seconds=2.0,
+            plan, works=works, repeats=1, connections=(1, 16), loads=(0.8,), own=(), seconds=2.0,
             warmup_s=1.0, slow=2.0, kills=1, killed=("sleep",), kill_s=(1.0, 3.0), tries=1, budget_s=140.0,
         )  # fmt: skip
     said = {name: getattr(chosen, name) for name in ("repeats", "seconds", "foreign", "batch", "budget_s", "kills")}
@@ -122,12 +124,21 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def install(plan: Plan) -> None:
-    """Make what is missing, and say what cannot be."""
+def missing(plan: Plan) -> list[str]:
+    """Peers that have no environment."""
+    return [name for name in plan.contestants if name in venvs.PEERS and not venvs.python(plan.venvs, name)]
+
+
+def install(plan: Plan) -> dict[str, str]:
+    """Make what is missing; says what cannot be, and returns why."""
+    reasons = {}
     for name in plan.contestants:
         if name in venvs.PEERS:
             why = venvs.make(plan.venvs, name)
             print(f"{name} {venvs.version(name)}: {why or 'installed'}", flush=True)
+            if why:
+                reasons[name] = why
+    return reasons
 
 
 def main() -> None:
@@ -136,12 +147,14 @@ def main() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 16384)), hard))
     plan = plan_of(chosen)
+    reasons = dict.fromkeys(missing(plan), "not installed: --install makes its environment")
     if chosen.install or chosen.long:
-        install(plan)
+        reasons = install(plan)
     out = chosen.resume or chosen.out
     if chosen.out and chosen.out.exists():
         raise SystemExit(f"{chosen.out} is there: --resume goes on with it")
     cells = read(out) if out and out.exists() else []
+    cells = [cell for cell in cells if cell["kind"] != "skip" or cell["contestant"] in reasons]  # others try again
 
     def keep(cell: dict[str, Any]) -> None:
         if out:
@@ -152,6 +165,7 @@ def main() -> None:
     if not any(cell["kind"] == "head" for cell in cells):
         campaign.cells.append(head(plan))
         keep(campaign.cells[-1])
+    campaign.leave_out(reasons)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     campaign.run()
     if campaign.left:

@@ -40,7 +40,7 @@ from redis import Redis
 from benchmarks.common import finish, table
 from service.broker import keys
 from service.broker.embedded import Embedded
-from tests.support import free_port
+from service.demo import free_port
 
 REPO = Path(__file__).resolve().parent.parent
 TICKS = os.sysconf("SC_CLK_TCK")

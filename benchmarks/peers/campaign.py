@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import SubprocessError
@@ -94,6 +94,13 @@ class Campaign:
                 self.round(work, "open", repeat, self.rates(), (due or 0.0) / 1000)
             for repeat in range(plan.kills if work in plan.killed else 0):
                 self.round(work, "kill", repeat, {"0.5": 0.5}, PATIENT_S)
+
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Contestants that are not there, and why; a word in every work's table."""
+        for work in self.plan.works:
+            for name, why in reasons.items():
+                if not any(same(c, work=work, kind="skip", contestant=name) for c in self.cells):
+                    self.add({"kind": "skip", "work": work, "contestant": name, "reason": why})
 
     def rates(self) -> dict[str, float]:
         return {f"{x:g}": x for x in self.plan.loads} | {f"{OWN}{x:g}": x for x in self.plan.own}

@@ -19,6 +19,7 @@ WORKS = ("noop", "sleep", "generate", "mixed", "classify")
 DIGITS = 4
 OWN = "own "  # before a load in a contestant's own capacities
 FIELD = 3  # fewer peers than that have no best
+ALL = 0.99  # of what was offered
 BARS = (
     ("sleep", "offramp", "mosec", 0.95),
     ("sleep", "offramp", "best other", 1.0),
@@ -125,11 +126,35 @@ def deadline_ms(cells: Cells, work: str, times: float) -> float | None:
     return times * max(a for a in alone if a) if any(alone) else None
 
 
-def best_goodput(cells: Cells, work: str, name: str) -> float | None:
-    """The most right answers in time per second that a contestant gave at any of the open loads."""
+def best_load(cells: Cells, work: str, name: str) -> tuple[float, str] | None:
+    """The most right answers in time per second that a contestant gave at any of the open loads, and that load."""
     wanted = {"work": work, "kind": "open", "contestant": name}
-    rates = [middle(cells, "goodput_per_s", load=at, **wanted) for at in loads(cells, work, "open")]
-    return max((rate for rate in rates if rate is not None), default=None)
+    rates = [(middle(cells, "goodput_per_s", load=at, **wanted), at) for at in loads(cells, work, "open")]
+    return max(((rate, at) for rate, at in rates if rate is not None), default=None)
+
+
+def best_goodput(cells: Cells, work: str, name: str) -> float | None:
+    """The rate of `best_load`."""
+    found = best_load(cells, work, name)
+    return None if found is None else found[0]
+
+
+def at_most(cells: Cells, work: str, name: str) -> float:
+    """What a contestant might do in time per second: one that answers all it is offered is as good as its closed loop,
+    of which less may be in time, at most."""
+    rate, at = best_load(cells, work, name) or (0.0, "")
+    offered = middle(cells, "offered_per_s", work=work, kind="open", contestant=name, load=at) or 0.0
+    return max(rate, capacities(cells, work)[1].get(name, 0.0)) if rate >= ALL * offered else rate
+
+
+def apart(cells: Cells, work: str, who: str, rival: str) -> tuple[float, float] | None:
+    """Least and greatest ratio of two over the repeats, each at the load that is its best by the median."""
+    rates = []
+    for name in (who, rival):
+        _, at = best_load(cells, work, name) or (0.0, "")
+        rates.append({c["repeat"]: c["goodput_per_s"] for c in of(cells, work=work, contestant=name, load=at)})
+    both = [rates[0][repeat] / rates[1][repeat] for repeat in rates[0] if rates[1].get(repeat)]
+    return (min(both), max(both)) if both else None
 
 
 def survived(cells: Cells, names: Iterable[str]) -> tuple[int, int]:
@@ -139,7 +164,8 @@ def survived(cells: Cells, names: Iterable[str]) -> tuple[int, int]:
 
 
 def bars(cells: Cells) -> list[dict[str, Any]]:
-    """What was promised of goodput, and what came of it, by the best of each; `met` is None where nothing was measured.
+    """What was promised of goodput, and what came of it, by the best of each; `met` is None where nothing was measured,
+    or where the loads do not tell, because the rival might do more than it was offered (`at_most`).
 
     `worse` says how a cheaper way is worse than the full one by more than the bar allows; a bar is not met then.
     """
@@ -151,7 +177,9 @@ def bars(cells: Cells) -> list[dict[str, Any]]:
         bar: dict[str, Any] = {"work": work, "who": who, "rival": rival or against, "bar": wanted}
         if able.get(who) is not None and able.get(rival) and (rival == against or len(others) >= FIELD):
             ratio, why = able[who] / able[rival], worse(who.partition(" ")[2])
-            bar |= {"ratio": ratio, "worse": why, "met": ratio >= wanted and not why}
+            most, range_ = at_most(cells, work, rival), apart(cells, work, who, rival)
+            met = None if able[who] < wanted * most and ratio >= wanted else ratio >= wanted
+            bar |= {"ratio": ratio, "range": range_, "at_most": most, "worse": why, "met": False if why else met}
         else:
             bar |= {"rival": against, "ratio": None, "worse": "", "met": None}
         found.append(bar)

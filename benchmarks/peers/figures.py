@@ -46,15 +46,20 @@ def load_figures(inside: Sequence[Seen], seconds: float, deadline_s: float) -> d
 def kill_figures(seen: Sequence[Seen], killed_s: float) -> dict[str, Any]:
     """What became of accepted requests when the worker was killed at `killed_s`.
 
-    Not accepted: no connection, 429, and 503 to what was sent after the kill. Everything else was taken on.
+    Not accepted: no connection, 429, and 503 to what was answered before the kill or sent after it. Everything else was
+    taken on.
     `held`: sent before the kill and not answered by then, `saved` of them were answered after all.
     `back_s`: from the kill to the first answer of a request that was sent after it; None when there was none.
     """
-    refused = [a for a in seen if a[2] in (UNREACHED, TOO_MANY) or (a[2] == UNAVAILABLE and a[0] >= killed_s)]
+
+    def during(a: Seen) -> bool:
+        return a[0] < killed_s < a[0] + a[1]
+
+    refused = [a for a in seen if a[2] in (UNREACHED, TOO_MANY) or (a[2] == UNAVAILABLE and not during(a))]
     answered = sum(status == OK for *_, status in seen)
     accepted = len(seen) - len(refused)
     back = min((due + took - killed_s for due, took, status in seen if status == OK and due >= killed_s), default=NEVER)
-    held = [status for due, took, status in seen if due < killed_s < due + took and status != TOO_MANY]
+    held = [a[2] for a in seen if during(a) and a[2] != TOO_MANY]
     return {
         "sent": len(seen),
         "held": len(held),

@@ -29,6 +29,7 @@ from benchmarks.peers.cells import (
     survived,
 )
 from benchmarks.peers.tables import (
+    GONE,
     PLAIN,
     Number,
     back,
@@ -50,7 +51,8 @@ LEGEND = (
     "By work, right answers per second within one deadline for all, at the best of the loads tried (no model: answers "
     "per second); CPU of all processes and memory (PSS) with the 20 ms model at {busy} connections; "
     "share of accepted requests answered when the worker gets SIGKILL, and the time until new ones are. Best in bold. "
-    "Same work: gear `full`, method `ensemble`. Early exits: gear `balanced`, method `cascade`. Bridge: `bridge`."
+    "Same work: gear `full`, method `ensemble`. Early exits: gear `balanced`, method `cascade`. Bridge: `bridge`. "
+    "{gone}"
 )
 COMMAND = "python -m benchmarks.peers.report --write"
 START, END = f"<!-- peers: {COMMAND} -->", "<!-- end -->"
@@ -100,7 +102,7 @@ def readme(cells: Cells) -> str:
         "back after s",
     ]
     table = grid(header, zip(rows, *columns, strict=True))
-    parts = [table, LEGEND.format(busy=busy(cells, "sleep")), *left_out(cells), "What was promised:"]
+    parts = [table, LEGEND.format(busy=busy(cells, "sleep"), gone=GONE), *left_out(cells), "What was promised:"]
     parts += [promises(cells), f"{where(cells)}; {source(cells)}. [Every load, latencies, plots]({RESULTS})."]
     return "\n\n".join(parts) + "\n"
 

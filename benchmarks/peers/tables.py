@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from benchmarks.peers.cells import (
@@ -51,6 +52,10 @@ PEERS = {
     "mosec": "mosec",
     "ray": "Ray Serve",
 }
+GONE = (
+    "never: nothing was answered that was sent in the 4 s after the kill. mosec ends with the last worker of a stage, "
+    "and starts another while there is one left; plain FastAPI has nobody to start one."
+)
 Number = float | None
 
 
@@ -153,7 +158,7 @@ def kill_table(cells: Cells) -> str:
                 back(own)[1],
             ])  # fmt: skip
     header = ["SIGKILL of the worker", "", "accepted", "answered", "share", "of those in flight", "refused"]
-    return grid([*header, "answers again after s"], rows) if rows else ""
+    return f"{grid([*header, 'answers again after s'], rows)}\n\n{GONE}" if rows else ""
 
 
 def shown(name: str) -> str:
@@ -167,10 +172,15 @@ def promises(cells: Cells) -> str:
     lines = []
     for bar in bars(cells):
         who, rival = shown(bar["who"]), shown(bar["rival"])
-        found = "" if bar["ratio"] is None else f"{bar['ratio']:.2f}x. "
-        kind = beside(bar["who"].partition(" ")[2])
+        kind, found, told = beside(bar["who"].partition(" ")[2]), "", verdict[bar["met"]]
+        if bar["ratio"] is not None:
+            least, most = bar["range"] or (bar["ratio"], bar["ratio"])
+            found = f"{bar['ratio']:.2f}x [{least:.2f}, {most:.2f}]. "
+            if bar["met"] is None:
+                more = f"{rival} had no more to do there; its closed loop does {text(bar['at_most'])} / s."
+                told = f"**Not decided**: {more}"
         lines.append(
-            f"- {PLAIN[bar['work']]}: {who} at least {bar['bar']:g}x {rival}: {found}{verdict[bar['met']]}"
+            f"- {PLAIN[bar['work']]}: {who} at least {bar['bar']:g}x {rival}: {found}{told}"
             f"{f' ({kind})' if kind and found else ''}"
         )
     crash = recovery(cells)
@@ -198,8 +208,8 @@ def source(cells: Cells) -> str:
 
 
 def left_out(cells: Cells) -> list[str]:
-    """Who is missing where, and why."""
-    skipped = every(cells, kind="skip")
+    """Who is missing where, and why; not who was missing once and came later."""
+    skipped = [c for c in every(cells, kind="skip") if c["contestant"] not in contestants(cells, c["work"])]
     return [
         f"Left out: {c['contestant']} in {TITLES[c['work']]}: {c['reason'].strip().splitlines()[-1]}" for c in skipped
     ]
@@ -220,18 +230,28 @@ def disturbances(cells: Cells) -> str:
 def work_parts(cells: Cells, work: str, pictures: str) -> list[str]:
     """Tables, plot and quality of one work."""
     best, able = capacities(cells, work)
-    parts = [f"### {TITLES[work]}", closed_table(cells, work)]
+    parts = [f"### {TITLES[work]}", f"Repeats: {repeats(cells, work)}.", closed_table(cells, work)]
     if of(cells, work=work, kind="open"):
-        due = middle(cells, "deadline_ms", work=work, kind="open")
+        due = sorted({cell["deadline_ms"] for cell in every(cells, work=work, kind="open")})
         rival = max((n for n in able if not ours(n)), key=lambda n: able[n], default="nobody")
         parts.append(
             f"Open loop: loads are shares of {text(best)} / s, the capacity of the best peer ({rival}); deadline "
-            f"{due or 0:.0f} ms for everybody."
+            f"{'to '.join(f'{ms:.0f} ' for ms in (due[0], due[-1])[: len(due)])}ms for everybody."
         )
         parts.append(open_table(cells, work))
         if pictures:
             parts.append(f"![answers in time by offered load: {PLAIN[work]}]({pictures}/{picture(work)})")
     return [*parts, cited(work)]
+
+
+def repeats(cells: Cells, work: str) -> str:
+    """How often everybody was measured, by the kind of load."""
+    found = []
+    for kind, words in (("closed", "closed loop"), ("open", "open loop"), ("kill", "kill")):
+        counts = Counter((c["contestant"], c["load"]) for c in every(cells, work=work, kind=kind)).values()
+        least, most = min(counts, default=0), max(counts, default=0)
+        found += [f"{words} {least}" if least == most else f"{words} {least} to {most}"] if most else []
+    return ", ".join(found)
 
 
 def picture(work: str) -> str:

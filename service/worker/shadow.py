@@ -22,6 +22,7 @@ from service.ladders import Work
 from service.metrics import WorkerMetrics
 from service.worker.engine import Engine
 from service.worker.outcomes import Finished
+from service.worker.splitting import is_lost
 
 SLOT = 0
 REST_S = 1.0  # without work in this process before a shadow begins
@@ -92,7 +93,9 @@ class Shadow:
             next(self._running)
         except StopIteration:
             self._over("compared")
-        except Exception:
+        except Exception as error:
+            if is_lost(error):
+                raise
             log.exception("no comparison", extra={"model": self._current.engine.name if self._current else ""})
             self._over("failed")
         return True

@@ -67,10 +67,10 @@ def test_window_is_by_arrival_or_by_end() -> None:
 
 
 def test_a_kill_forgives_refusals_and_counts_every_loss() -> None:
-    before = [(0.1, 0.1, 200), (0.9, 0.2, 503), (0.95, 9.0, 0)]
+    before = [(0.1, 0.1, 200), (0.2, 0.1, 503), (0.9, 0.2, 503), (0.95, 9.0, 0)]
     after = [(1.1, 0.0, -1), (1.2, 0.1, 503), (1.3, 0.1, 429), (1.4, 0.1, 500), (3.0, 0.5, 200)]
     found = kill_figures(before + after, killed_s=1.0)
-    assert (found["refused"], found["accepted"], found["answered"]) == (3, 5, 2)
+    assert (found["refused"], found["accepted"], found["answered"]) == (4, 5, 2)
     assert (found["held"], found["saved"]) == (2, 0)
     assert found["share"] == 0.4
     assert found["back_s"] == 2.5
@@ -203,13 +203,49 @@ def test_a_lost_bar_is_said_as_plainly_as_a_won_one() -> None:
     few = [cell for cell in field if cell.get("contestant") not in ("mosec", "ray")]
     assert [bar["met"] for bar in bars(few)] == [None] * 5
     told = section(field)
-    assert "- 20 ms model: Offramp at least 0.95x mosec: 0.75x. **Not met.**" in told
+    assert "- 20 ms model: Offramp at least 0.95x mosec: 0.75x [0.75, 0.75]. **Not met.**" in told
     assert "Left out: bentoml in (b) a model of 20 ms a batch of at most 16: no such wheel" in told
     assert "3 runs were discarded" in told
     assert "| mosec | 100 | 40 | 40.0 % | 1 of 9 | 7 | never |" in told
     assert "| mosec | **800** | **0.50** | **70.0** | **40.0 %** | never |" in readme(CELLS)
     assert "Left out: bentoml" in readme(CELLS)
     assert summary(CELLS)["works"]["sleep"]["mosec"]["closed 128"]["answered_per_s"] == 720
+
+
+def test_a_rival_that_answers_all_it_is_offered_decides_nothing_for_us() -> None:
+    """It might do more: a closed loop says how much at most."""
+    field = [
+        *(
+            opened("offramp", "own 0.9", 600),
+            opened("litserve", "0.8", 580, offered_per_s=580),
+            opened("ray", "0.5", 9),
+        ),
+        *(opened("bentoml", "0.5", 9), closed("litserve", "32", 610), closed("offramp", "32", 700)),
+        *(opened("offramp", "own 0.9", 500, repeat=1), opened("litserve", "0.8", 580, offered_per_s=580, repeat=1)),
+        opened("offramp", "own 0.9", 700, repeat=2),
+    ]
+    [bar] = [bar for bar in bars(field) if bar["bar"] == 1.0]
+    assert (bar["rival"], bar["met"], bar["at_most"]) == ("litserve", None, 610)
+    assert bar["range"] == pytest.approx((500 / 580, 600 / 580))
+    assert "**Not decided**: LitServe had no more to do there; its closed loop does 610 / s." in section(field)
+    slower = [closed("litserve", "32", 590) if cell.get("load") == "32" else cell for cell in field]
+    [bar] = [bar for bar in bars(slower) if bar["bar"] == 1.0]
+    assert bar["met"] is True
+
+
+def test_repeats_are_counted() -> None:
+    told = section([*CELLS, closed("mosec", "32", 700, repeat=1)])
+    assert "Repeats: closed loop 1 to 3, open loop 1, kill 1." in told
+
+
+def test_who_is_not_there_is_said_and_asked_again_when_resumed() -> None:
+    plan = Plan(["sleep", "noop"], ["mosec", "offramp"], Path("nowhere"))
+    campaign = Campaign(plan, [], lambda cell: None, lambda text: None)
+    for _ in range(2):
+        campaign.leave_out({"mosec": "not installed"})
+    assert [(c["work"], c["reason"]) for c in campaign.cells] == [("sleep", "not installed"), ("noop", "not installed")]
+    assert "Left out: mosec in (b)" in section(campaign.cells)
+    assert "Left out" not in section([campaign.cells[0], closed("mosec", "32", 700)])
 
 
 def test_cells_are_kept_short_and_read_back_the_same(tmp_path: Path) -> None:
