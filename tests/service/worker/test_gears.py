@@ -119,22 +119,24 @@ levels = st.lists(st.floats(0, 4), min_size=3, max_size=3).map(lambda values: so
 
 
 @settings(max_examples=200, deadline=None)
-@given(seen=st.lists(st.tuples(st.floats(0.01, 1.0), levels, levels), max_size=200))
-def test_it_never_flaps(seen: list[tuple[float, list[float], list[float]]]) -> None:
-    """Whatever it sees: no two climbs within HOLD_S, and it only goes down under strain."""
+@given(seen=st.lists(st.tuples(st.floats(0.01, 1.0), st.just(0.0) | st.floats(0, 4), levels, levels), max_size=200))
+def test_it_never_flaps(seen: list[tuple[float, float, list[float], list[float]]]) -> None:
+    """Whatever it sees and however long it rests: no two climbs within HOLD_S, and it only goes down under strain."""
     governor, now, last_climb = Governor(3), 0.0, float("-inf")
-    for step, strains, loads in seen:
-        now += step
-        before = governor.rung
-        after_ = governor.decide(now, strains, loads)
-        if after_ < before:
-            assert after_ == before - 1
-            assert now - last_climb >= HOLD_S
+    for step, idle_s, strains, loads in seen:
+        now += step + idle_s
+        before, rested = governor.rung, governor.rested(idle_s)
+        assert before - rested <= idle_s / HOLD_S
+        after_ = governor.decide(now, strains, loads, idle_s)
+        if after_ < rested:
+            assert after_ == rested - 1
             assert strains[after_] <= LOOSE
-            last_climb = now
-        elif after_ > before:
-            assert not enough(strains[before], loads[before])
+        elif after_ > rested:
+            assert not enough(strains[rested], loads[rested])
             assert after_ == 2 or enough(strains[after_], loads[after_])
+        if after_ < before:
+            assert now - last_climb >= HOLD_S
+            last_climb = now
 
 
 def enough(strain: float, load: float) -> bool:
