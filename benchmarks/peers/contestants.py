@@ -252,7 +252,7 @@ HOW: dict[str, tuple[Any, ...]] = {
 
 
 class Offramp(Contestant):
-    """`offramp up`: supervisor, gateway, embedded Valkey and worker; all but slots (`TUNING`) and threads at its default."""
+    """`offramp up`: supervisor, gateway, Valkey, worker; all but slots (`TUNING`) and threads at its default."""
 
     name = "offramp"
 
