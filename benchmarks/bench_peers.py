@@ -101,7 +101,8 @@ def plan_of(chosen: argparse.Namespace) -> Plan:
             plan, works=works, repeats=1, connections=(1, 16), loads=(0.8,), own=(), seconds=2.0,
             warmup_s=1.0, slow=2.0, kills=1, killed=("sleep",), kill_s=(1.0, 3.0), tries=1, budget_s=140.0,
         )  # fmt: skip
-    said = {name: getattr(chosen, name) for name in ("repeats", "seconds", "foreign", "batch", "budget_s", "kills")}
+    words = ("repeats", "seconds", "closed_seconds", "own", "foreign", "batch", "budget_s", "kills")
+    said = {name: getattr(chosen, name) for name in words}
     return replace(plan, **{name: value for name, value in said.items() if value is not None})
 
 
@@ -118,6 +119,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--kills", type=int, help="repeats of the kill")
     parser.add_argument("--seconds", type=float, help="of each cell of a fast work")
+    parser.add_argument("--closed-seconds", type=float, help="as --seconds, of the closed loops where these differ")
+    parser.add_argument("--own", type=float, nargs="*", metavar="SHARE", help="loads in capacities of its own")
     parser.add_argument("--foreign", type=float, help="cores that strangers may use")
     parser.add_argument("--batch", type=int, help="the peers' most requests in a batch, for every work")
     parser.add_argument("--budget-s", type=float, help="begin no cell later than this")

@@ -19,7 +19,7 @@ from benchmarks.peers import accounting
 from benchmarks.peers.cells import OWN, Cells, capacities, deadline_ms
 from benchmarks.peers.check import wrong
 from benchmarks.peers.contestants import CLIENT, PATIENT_S, Contestant, contestant, variants
-from benchmarks.peers.figures import OK, kill_figures, load_figures, window
+from benchmarks.peers.figures import LOST, OK, kill_figures, load_figures, window
 
 Cell = dict[str, Any]
 SLOW = ("generate", "mixed")
@@ -36,6 +36,7 @@ class Plan:
         loads: of the open loops, in capacities of the best peer; `own` more of them, in the contestant's own: the
             greatest always, the others where they are below all of `loads`, for those that cannot do so much.
         seconds: measured, of a fast work; `warmup_s` goes before. `slow`: times as long for slow works.
+        closed_seconds: as `seconds`, of the closed loops where these differ.
         closed: works without an open loop.
         kills: repeats of the kill, for the works in `killed`; `kill_s`: when it comes, and when requests end.
         patience_s: how long the client waits for answers after that.
@@ -51,6 +52,7 @@ class Plan:
     loads: Sequence[float] = (0.5, 0.8, 1.2)
     own: Sequence[float] = (0.6, 0.9)
     seconds: float = 4.0
+    closed_seconds: float = 0.0
     slow: float = 1.5
     warmup_s: float = 1.0
     closed: Sequence[str] = ("noop",)
@@ -69,6 +71,8 @@ class Plan:
 class Campaign:
     """The cells so far, those of an interrupted run among them; `keep` is called with each new one.
 
+    `behind`: the last one left requests that the contestant may still be working on: it is started anew.
+
     Answers are checked before the first closed loop, where nobody's time is short.
     """
 
@@ -82,6 +86,7 @@ class Campaign:
         measured = [cell for cell in self.cells if cell["kind"] == "closed"]
         self.checked = {(cell["work"], cell["contestant"].partition(" ")[0]) for cell in measured}
         self.left: list[str] = []
+        self.behind = False
 
     def run(self) -> None:
         """Every cell that is not there yet."""
@@ -126,10 +131,6 @@ class Campaign:
             else:
                 self.turn(work, name, kind, repeat, loads, timeout_s)
 
-    def left_over(self) -> bool:
-        """Whether the last cell left requests behind that the contestant may still be working on."""
-        return "0" in self.cells[-1].get("statuses", {})
-
     def over(self) -> bool:
         return bool(self.plan.budget_s) and time.monotonic() - self.began > self.plan.budget_s
 
@@ -161,7 +162,7 @@ class Campaign:
                     continue
                 where = {"work": work, "contestant": called(name, variant), "kind": kind, "load": at}
                 self.cell(who, variant, {**where, "repeat": repeat}, loads[at], timeout_s)
-                if (variant, at) != due[-1] and kind == "open" and self.left_over():
+                if (variant, at) != due[-1] and self.behind:
                     who.stop()
                     who.start(timeout_s)
         except (RuntimeError, OSError, ValueError, SubprocessError) as error:  # a resumed run tries again
@@ -210,6 +211,7 @@ class Campaign:
         after = accounting.usage(who.mark)
         elapsed = after.at - before.at
         answered = sum(status == OK for *_, status in seen["seen"])
+        self.behind = any(status == LOST for *_, status in seen["seen"])
         return seen["seen"], {
             "foreign": accounting.foreign(before, after, seen["cpu_s"]),
             "cpu_ms": 1000 * accounting.own_s(before, after) / max(1, answered),
@@ -218,16 +220,13 @@ class Campaign:
             **accounting.resident_mib(accounting.members(who.mark)),
         }
 
-    def last(self, who: Contestant) -> str:
-        """What a contestant is asked last, after which it is stopped: nobody waits for what it has begun."""
-        return called(who.name, variants(who.name, who.work)[-1])
-
-    def length(self, work: str) -> float:
-        return self.plan.seconds * (self.plan.slow if work in SLOW else 1)
+    def length(self, work: str, seconds: float) -> float:
+        return seconds * (self.plan.slow if work in SLOW else 1)
 
     def closed(self, who: Contestant, variant: str, where: Cell, connections: float, timeout_s: float) -> Cell:
-        start, seconds = self.plan.warmup_s, self.length(where["work"])
-        last = int(connections) == max(self.plan.connections) and where["contestant"] == self.last(who)
+        start = self.plan.warmup_s
+        seconds = self.length(where["work"], self.plan.closed_seconds or self.plan.seconds)
+        last = int(connections) == max(self.plan.connections)
         plan = {"connections": int(connections), "seconds": start + seconds, "patience_s": 0.5 if last else DRAIN_S}
         seen, spent = self.sent(who, variant, plan, timeout_s)
         return load_figures(window(seen, start, start + seconds, "end"), seconds, timeout_s) | spent
@@ -237,7 +236,7 @@ class Campaign:
         capacity = able.get(where["contestant"], 0.0) if where["load"].startswith(OWN) else best
         if not capacity:
             return None
-        start, seconds = self.plan.warmup_s, self.length(where["work"])
+        start, seconds = self.plan.warmup_s, self.length(where["work"], self.plan.seconds)
         plan = {"rate": share * capacity, "seconds": start + seconds, "seed": where["repeat"]}
         seen, spent = self.sent(who, variant, plan | {"patience_s": max(LATE_S, 2 * deadline_s)}, deadline_s)
         inside = window(seen, start, start + seconds, "due")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 Seen = Sequence[float]
-OK, UNREACHED, TOO_MANY, UNAVAILABLE = 200, -1, 429, 503
+OK, LOST, UNREACHED, TOO_MANY, UNAVAILABLE = 200, 0, -1, 429, 503
 NEVER = float("inf")
 
 
