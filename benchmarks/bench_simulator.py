@@ -32,6 +32,7 @@ from service.broker.redis_streams import Broker
 from service.config import Settings
 from service.errors import DeadlineExceeded, QueueFull
 from service.gateway.admission import price
+from service.gateway.forecasts import Forecasts
 from service.gateway.resolve import generate_work
 from service.metrics import WorkerMetrics
 from service.protocol import GenerateJob, Terms
@@ -93,7 +94,7 @@ def work_here(url: str) -> None:
 
 async def served(url: str, workers: int, arrivals: Sequence[Arrival]) -> list[Seen]:
     """A trace through the store, once all workers live; refusals and answers as a gateway would see them."""
-    broker, waiting = Broker(url), dict[str, tuple[Seen, float]]()
+    broker, waiting, forecasts = Broker(url), dict[str, tuple[Seen, float]](), Forecasts()
     seen = [Seen(one, DEADLINE_MS) for one in arrivals]
     end = time.monotonic() + START_S
     while await broker.live_workers(INFO.name) < workers:
@@ -108,7 +109,8 @@ async def served(url: str, workers: int, arrivals: Sequence[Arrival]) -> list[Se
         job = GenerateJob(id=uuid4().hex, cost=cost, work=work)
         waiting[job.id] = (one, time.monotonic())
         try:
-            await broker.submit(job, Terms(1, DEADLINE_MS, 10**9, "bench", need_worker=True))
+            terms = Terms(1, DEADLINE_MS, 10**9, "bench", need_worker=True, limit=forecasts.limit())
+            one.foreseen_ms = (await broker.submit(job, terms)).foreseen_ms
         except (DeadlineExceeded, QueueFull) as error:
             one.outcome = "late" if isinstance(error, DeadlineExceeded) else "full"
             del waiting[job.id]
@@ -121,6 +123,8 @@ async def served(url: str, workers: int, arrivals: Sequence[Arrival]) -> list[Se
                 one, since = waiting.pop(name)
                 one.took_ms, found = 1000 * (time.monotonic() - since), result or await broker.result(INFO.name, name)
                 one.outcome, one.receipt = (found.outcome, found.receipt) if found else ("expired", {})
+                seconds = (one.foreseen_ms / 1000, one.took_ms / 1000, DEADLINE_MS / 1000)
+                forecasts.came_true(*seconds, given_up=one.outcome == "expired")
 
     listener = asyncio.create_task(hear())
     await asyncio.gather(*map(ask, seen))

@@ -35,6 +35,9 @@ class ClassifyJob(msgspec.Struct, frozen=True, tag="classify", kw_only=True):
 Job = GenerateJob | ClassifyJob
 
 
+LIMIT = 0.85  # of a budget; the rest is for what nobody foresees
+
+
 @dataclass(frozen=True)
 class Terms:
     """What a job is queued under.
@@ -49,6 +52,7 @@ class Terms:
         webhook: URL to tell at the end; empty for none.
         need_worker: refuse when no live worker serves the model.
         refused: cost of work that the gateway refused since its last job: it was asked for too.
+        limit: share of the budget that may be foreseen for what is ahead and the job itself.
     """
 
     rows: int
@@ -62,6 +66,7 @@ class Terms:
     webhook: str = ""
     need_worker: bool = False
     refused: int = 0
+    limit: float = LIMIT
 
 
 @dataclass(frozen=True)

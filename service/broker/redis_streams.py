@@ -37,10 +37,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job that is queued: the handle of its entry; `attached` when it was there already."""
+    """A job that is queued: the handle of its entry; `attached` when it was there already.
+
+    `foreseen_ms`: until it is done, by what is ahead of it and the rate of the workers; 0 when it begins at once.
+    """
 
     entry: str
     attached: bool = False
+    foreseen_ms: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,11 @@ class Broker(Hooks):
             DeadlineExceeded: no worker has room, and at their rate the backlog drains too late.
             NoWorker: nobody serves the model.
         """
-        verdict, handle, waiting, rate = await self._submit(Submission(job, encode(job), terms, time.monotonic()))
+        verdict, handle, waiting, rate, foreseen_ms = await self._submit(
+            Submission(job, encode(job), terms, time.monotonic())
+        )
         if (said := verdict.decode()) in ("accepted", "attached"):
-            return Submitted(handle.decode(), said == "attached")
+            return Submitted(handle.decode(), said == "attached", foreseen_ms)
         raise await self._refusal(said, job, terms, int(waiting), float(rate))
 
     async def _submit_all(self, waiting: Sequence[Submission]) -> list[Any]:

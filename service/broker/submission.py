@@ -23,5 +23,5 @@ class Submission:
         left_ms = max(1, t.deadline_ms - round((now - self.since) * 1000))
         return job.work.model, (
             *(job.id, self.payload, t.rows, job.cost, left_ms, t.max_backlog, t.priority, t.owner, t.max_owed),
-            *(t.reply_to, "1" if t.events else "", t.webhook, ALIVE_MS if t.need_worker else 0, t.refused),
+            *(t.reply_to, "1" if t.events else "", t.webhook, ALIVE_MS if t.need_worker else 0, t.refused, t.limit),
         )

@@ -17,10 +17,10 @@ from service.gateway.resolve import pick_gear
 from service.gateway.shedding import Flow
 from service.gateway.state import Gateway
 from service.gateway.webhooks import check_webhook
-from service.protocol import ClassifyJob, GenerateJob, Job, Result, Terms
+from service.protocol import ClassifyJob, GenerateJob, Job, Outcome, Result, Terms
 
 GRACE_S = 0.5
-SPENT = 0.7  # as in submit.lua
+SPENT = 0.7  # share of its budget that an answer may take by what they take now
 Work = GenerateWork | ClassifyWork
 Params = GenerateParams | ClassifyParams
 
@@ -58,7 +58,8 @@ async def run_job(gateway: Gateway, info: ModelInfo, params: Params, work: Work,
         submitted = await _queue(gateway, job, params, asked, due, flow)
         if submitted.attached:
             waiter.look.set()
-        answer = _answer(gateway, waiter, job, due, flow)
+        foreseen_s = submitted.foreseen_ms / 1000 if asked.wait_s is None else 0.0  # who may leave sees early ones only
+        answer = _answer(gateway, waiter, job, due, flow, foreseen_s)
         if asked.wait_s is not None:
             try:
                 async with asyncio.timeout(asked.wait_s):
@@ -86,15 +87,23 @@ def _refuse_late(flow: Flow, job: Job, left_s: float) -> None:
         raise DeadlineExceeded(f"the deadline cannot be met: {late}", field="deadline_ms")
 
 
-async def _answer(gateway: Gateway, waiter: Waiter, job: Job, due: float, flow: Flow) -> Result:
-    """The result, soon after `due` (time.monotonic()) at the latest."""
+async def _answer(gateway: Gateway, waiter: Waiter, job: Job, due: float, flow: Flow, foreseen_s: float) -> Result:
+    """The result, soon after `due` (time.monotonic()) at the latest; it was foreseen `foreseen_s` from now."""
+    queued = time.monotonic()
+
+    def over(outcome: Outcome) -> None:
+        now = time.monotonic()
+        flow.answered(late=now > due)
+        if outcome in ("ok", "expired"):
+            flow.forecasts.came_true(foreseen_s, now - queued, due - queued, given_up=outcome == "expired")
+
     try:
-        left_s = due - time.monotonic()
-        result = await gateway.replies.result(waiter, job.work.model, job.id, left_s + GRACE_S)
-    except DeadlineExceeded:
-        flow.answered(late=True)
+        result = await gateway.replies.result(waiter, job.work.model, job.id, due - queued + GRACE_S)
+    except (DeadlineExceeded, Cancelled):
+        if time.monotonic() > due:
+            over("expired")
         raise
-    flow.answered(late=time.monotonic() > due)
+    over(result.outcome)
     return succeeded(result)
 
 
@@ -115,6 +124,7 @@ async def _queue(gateway: Gateway, job: Job, params: Params, asked: Asking, due:
                 webhook=params.webhook or "",
                 need_worker=True,
                 refused=flow.refused(),
+                limit=flow.forecasts.limit(),
             )
             submitted = await gateway.broker.submit(job, terms)
             asked.request.state.queued = True

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import Unavailable
+from service.gateway.forecasts import Forecasts
 from service.gateway.middleware import TASKS
 
 LOOK_S = 0.05
@@ -58,9 +59,13 @@ class Flow:
 
     It says so only for WARY_S after several of the last answers were late: of a service that keeps up the rate is no
     capacity. Fewer than LEAST answers within OLDEST_S say nothing.
+
+    Attributes:
+        forecasts: what was foreseen when they were queued, against what came true.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.forecasts = Forecasts()
         self._clock = clock
         self._in_flight = 0
         self._answered: deque[float] = deque()

@@ -16,7 +16,9 @@ from typing import Any
 
 from models.api import GenerateParams, GenerateWork, ModelInfo
 from service.gateway.admission import price
+from service.gateway.forecasts import Forecasts
 from service.gateway.resolve import generate_work
+from service.gateway.shedding import Flows
 from service.metrics import WorkerMetrics
 from service.protocol import Delivery, GenerateJob
 from service.simulation.queue import Entry, SimQueue
@@ -35,12 +37,13 @@ SOME = 32
 
 @dataclass
 class Seen:
-    """What became of a request: a refusal (full, late) or an end (ok, expired), after `took_ms`."""
+    """What became of a request: a refusal (full, late) or an end (ok, expired), after `took_ms`; what was foreseen."""
 
     arrival: Arrival
     deadline_ms: int
     outcome: str = ""
     took_ms: float = 0.0
+    foreseen_ms: float = 0.0
     receipt: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -101,6 +104,7 @@ class Fleet:
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order, self._left, self._view = count(), 0, (0.0, Queue())
         self._seen: list[Seen] = []
+        self._flows = Flows()
         self._work = lru_cache(1024)(self._resolved)
         curve, metrics = TickTime(points), WorkerMetrics()
         self.workers = [self._worker(i, curve, metrics, points) for i in range(terms.workers)]
@@ -157,7 +161,8 @@ class Fleet:
         seen, now = self._seen[number], self._now_ms()
         one = seen.arrival
         work, cost = self._work(one.n, one.gear, one.floor, one.max_compute, one.steps)
-        verdict = self._queue.submit(Entry(number, work, cost, now, now + seen.deadline_ms, one.priority))
+        entry = Entry(number, work, cost, now, now + seen.deadline_ms, one.priority)
+        verdict, seen.foreseen_ms = self._queue.submit(entry, self._forecasts(seen).limit())
         if verdict != "accepted":
             self._end(number, verdict)
         else:
@@ -168,6 +173,12 @@ class Fleet:
         seen.outcome, seen.took_ms = outcome, 1000 * (self._clock.now - seen.arrival.at)
         seen.receipt = receipt or {}
         self._left -= 1
+        if outcome in ("ok", "expired"):
+            seconds = (seen.foreseen_ms / 1000, seen.took_ms / 1000, seen.deadline_ms / 1000)
+            self._forecasts(seen).came_true(*seconds, given_up=outcome == "expired")
+
+    def _forecasts(self, seen: Seen) -> Forecasts:
+        return self._flows.of(self._info.name, seen.arrival.priority, seen.deadline_ms / 1000).forecasts
 
     # lanes
 

@@ -11,9 +11,9 @@ from typing import Literal
 
 from models.api import GenerateWork, Priority
 from service.broker.keys import RANKS
+from service.protocol import LIMIT
 
 Verdict = Literal["accepted", "full", "late"]
-SPENT = 0.7
 WEIGHTS: dict[Priority, int] = {"high": 8, "normal": 4, "low": 1}
 ENDED = 100
 
@@ -71,21 +71,25 @@ class SimQueue:
         """A worker says what it drains, with as many digits as the service keeps."""
         self.pressed[worker], self._rate = float(f"{pressed:.6g}"), None
 
-    def submit(self, entry: Entry) -> Verdict:
-        """Queue a job, or say why not."""
+    def submit(self, entry: Entry, limit: float = LIMIT) -> tuple[Verdict, float]:
+        """Queue a job, or say why not; beside it the milliseconds foreseen for it, 0 where it begins at once.
+
+        `limit`: share of its budget that these may be.
+        """
         total, mine = sum(self.backlog.values()), self.backlog[entry.rank]
         ahead = sum(min(cost, mine * WEIGHTS[rank] / WEIGHTS[entry.rank]) for rank, cost in self.backlog.items())
         if total > 0 and total + entry.cost > self._most:
             self.asked += entry.cost
-            return "full"
-        rate, wait_ms = self._drained(), SPENT * (entry.deadline_ms - entry.submitted_ms)
-        if rate > 0 and ahead > 0 and (ahead + entry.cost) / rate * 1000 > wait_ms:
-            self.asked += entry.cost if entry.cost / rate * 1000 <= wait_ms else 0
-            return "late"
+            return "full", 0.0
+        rate, most_ms = self._drained(), limit * (entry.deadline_ms - entry.submitted_ms)
+        foreseen_ms = (ahead + entry.cost) / rate * 1000 if rate > 0 and ahead > 0 else 0.0
+        if foreseen_ms > most_ms:
+            self.asked += entry.cost if entry.cost / rate * 1000 <= most_ms else 0
+            return "late", foreseen_ms
         self.asked += entry.cost
         self._waiting[entry.rank].append(entry)
         self.backlog[entry.rank] += entry.cost
-        return "accepted"
+        return "accepted", foreseen_ms
 
     def _drained(self) -> float:
         """Cost per second of all workers; 0 where one has room."""

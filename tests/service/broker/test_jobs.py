@@ -16,7 +16,7 @@ from service.broker.redis_streams import Broker
 from service.errors import DeadlineExceeded, IdempotencyConflict, NoWorker, QuotaExceeded, RateLimited, Unavailable
 from service.protocol import ClassifyJob, Failure, Result, Terms
 from tests.service.broker.conftest import running, system_redis
-from tests.service.broker.jobs import LONG, TTL_S, info, ok, put, take_one
+from tests.service.broker.jobs import LONG, TTL_S, info, job, ok, put, take_one
 
 
 async def serve_at(broker, model, rate, pressed=None, worker="w"):
@@ -77,6 +77,21 @@ async def test_what_cannot_be_met_at_the_rate_under_pressure_is_refused(broker, 
     await put(broker, model, cost=20, deadline_ms=1, need_worker=True, priority="high")
 
 
+async def test_a_job_is_told_what_is_foreseen_and_refused_beyond_its_limit(broker, model):
+    async def foreseen_ms(deadline_ms, limit):
+        terms = Terms(1, deadline_ms, 10_000, need_worker=True, limit=limit)
+        return (await broker.submit(job(model, 1, 10), terms)).foreseen_ms
+
+    await serve_at(broker, model, 10.0)
+    assert await foreseen_ms(1, 0.7) == 0, "nothing is ahead of it"
+    assert await foreseen_ms(20_000, 0.7) == 2000
+    with pytest.raises(DeadlineExceeded):
+        await foreseen_ms(4000, 0.7)
+    assert await foreseen_ms(4000, 0.8) == 3000
+    await serve_at(broker, model, 10.0, pressed=0.0, worker="roomy")
+    assert await foreseen_ms(1, 0.7) == 0, "it begins at once"
+
+
 async def test_work_of_other_ranks_counts_by_its_share(broker, model):
     """High work does not stand before a normal job that nothing of its own rank is before of."""
     await serve_at(broker, model, 10.0)
@@ -84,8 +99,8 @@ async def test_work_of_other_ranks_counts_by_its_share(broker, model):
         await put(broker, model, cost=400, deadline_ms=3_600_000, need_worker=True, priority="high")
     await put(broker, model, cost=10, deadline_ms=1000, need_worker=True)
     with pytest.raises(DeadlineExceeded, match="30 of work ahead"):
-        await put(broker, model, cost=10, deadline_ms=5_600, need_worker=True)
-    await put(broker, model, cost=10, deadline_ms=5_800, need_worker=True)
+        await put(broker, model, cost=10, deadline_ms=4_600, need_worker=True)
+    await put(broker, model, cost=10, deadline_ms=4_800, need_worker=True)
 
 
 async def test_workers_rates_add_up(broker, model):

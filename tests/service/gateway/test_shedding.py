@@ -12,9 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from service.broker import keys
-from service.broker.store import SCRIPTS
 from service.gateway import shedding
-from service.gateway.admission import SPENT
 from service.gateway.shedding import LEAST, LOOK_S, LOOKS, MEMORY_S, SEVERAL, WARY_S, Flow, Flows, Lag, Shed
 from tests.service.gateway.serving import Worker, b64, tile
 
@@ -145,10 +143,6 @@ def test_requests_that_differ_do_not_hold_each_other_up() -> None:
     one.refuse(7)
     one.refuse(5)
     assert (one.refused(), one.refused()) == (12, 0)
-
-
-def test_the_gateway_and_the_store_leave_the_same_share_of_a_budget() -> None:
-    assert f"local SPENT = {SPENT} " in SCRIPTS["submit"].text
 
 
 @pytest.mark.parametrize(("path", "body"), [("/generate", {}), ("/classify", {"image": b64(tile(3, "png"))})])

@@ -16,7 +16,8 @@ from service.simulation.queue import Entry, SimQueue
 
 CAPACITY, MOST = 6, 3000
 rank = st.sampled_from(keys.RANKS)
-submits = st.tuples(st.just("submit"), st.integers(1, 8), st.integers(1, 900), st.integers(200, 60_000), rank)
+limits = st.sampled_from([0.7, 0.95, 1.2])
+submits = st.tuples(st.just("submit"), st.integers(1, 8), st.integers(1, 900), st.integers(200, 60_000), rank, limits)
 takes = st.tuples(st.just("take"), st.integers(0, CAPACITY))
 rates = st.lists(st.one_of(st.just(0.0), st.floats(0.01, 5000)), min_size=1, max_size=3)
 announces = st.tuples(st.just("announce"), rates)
@@ -51,13 +52,15 @@ class Pair:
             self.redis.hset(keys.pressed(self.model), f"w{worker}", f"{rate:.6g}")
             self.queue.announce(worker, rate)
 
-    def submit(self, rows: int, cost: int, budget_ms: int, rank: Priority) -> None:
+    def submit(self, rows: int, cost: int, budget_ms: int, rank: Priority, limit: float) -> None:
         self.number += 1
         said = self.run(
             *("submit", self.number, b"payload", rows, cost, budget_ms, MOST),
-            *(rank, "", 0, "", "", "", ALIVE_MS, 0),
+            *(rank, "", 0, "", "", "", ALIVE_MS, 0, limit),
         )
-        assert said[0].decode() == self.queue.submit(entry(self.number, rows, cost, budget_ms, rank))
+        verdict, foreseen_ms = self.queue.submit(entry(self.number, rows, cost, budget_ms, rank), limit)
+        assert said[0].decode() == verdict
+        assert said[4] == int(foreseen_ms) or verdict == "full"
 
     def take(self, free: int) -> None:
         full, _, jobs, ended, (backlog, asked, _) = self.run(
@@ -93,15 +96,15 @@ def test_the_same_verdicts_and_the_same_order_as_the_scripts(valkey_url, steps):
 def test_late_is_what_waits_too_long_at_the_announced_rates():
     queue = SimQueue(10_000)
     queue.announce(0, 100.0)
-    assert queue.submit(entry(1, 1, 50, 1, "normal")) == "accepted", "nothing ahead"
-    assert queue.submit(entry(2, 1, 50, 1000, "normal")) == "late"
-    assert queue.submit(entry(3, 1, 50, 1500, "normal")) == "accepted"
-    assert queue.submit(entry(4, 1, 9950, 10_000_000, "normal")) == "full"
+    assert queue.submit(entry(1, 1, 50, 1, "normal"))[0] == "accepted", "nothing ahead"
+    assert queue.submit(entry(2, 1, 50, 1000, "normal"))[0] == "late"
+    assert queue.submit(entry(3, 1, 50, 1500, "normal"))[0] == "accepted"
+    assert queue.submit(entry(4, 1, 9950, 10_000_000, "normal"))[0] == "full"
     queue.announce(1, 0.0)
-    assert queue.submit(entry(5, 1, 50, 1, "normal")) == "accepted", "a worker has room"
-    assert queue.submit(entry(6, 1, 50, 1, "normal")) == "accepted"
+    assert queue.submit(entry(5, 1, 50, 1, "normal"))[0] == "accepted", "a worker has room"
+    assert queue.submit(entry(6, 1, 50, 1, "normal"))[0] == "accepted"
     queue.announce(1, 100.0)
-    assert queue.submit(entry(7, 1, 5000, 1000, "normal")) == "late"
+    assert queue.submit(entry(7, 1, 5000, 1000, "normal"))[0] == "late"
     assert queue.asked == 50 * 5 + 9950, "not what takes too long on an idle service"
 
 
