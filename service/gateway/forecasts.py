@@ -6,7 +6,7 @@ from collections import deque
 
 from service.protocol import LIMIT
 
-LEAST, MOST = 0.7, 1.2  # shares of a budget
+LEAST, MOST = 0.5, 1.2  # shares of a budget
 KEPT = 0.95  # share of it that an answer may take
 NEAR = 0.75  # forecasts below that share of the limit say nothing of it
 SEEN, SETTLED, ONE_IN = 64, 4, 20

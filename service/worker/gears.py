@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 RUNNING = 0.85  # share of what is left of a deadline that a running row may take
-WAITING = 0.5  # share of a budget that a queue may take to drain; admission refuses beyond 0.7, or more
+WAITING = 0.5  # share of a budget that a queue may take to drain; admission has a limit of its own
 LOOSE = 0.7  # strain up to which the rung above may be taken
 SPARE = 0.85  # load up to which it may be
 HOLD_S = 1.0  # how long the rung above would have to do
