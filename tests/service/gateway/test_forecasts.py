@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -9,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.broker.redis_streams import Broker, Submitted
+from service.errors import Cancelled
+from service.gateway.admission import _answer
 from service.gateway.forecasts import KEPT, LEAST, MOST, NEAR, ONE_IN, SEEN, SETTLED, Forecasts
+from service.gateway.shedding import Flow
 from service.protocol import LIMIT, Job, Terms
 from tests.service.gateway.serving import Worker
 
@@ -86,3 +91,18 @@ async def test_answers_teach_the_limit_that_the_next_job_has(
     assert (await http.post("/generate", json={"deadline_ms": 300})).status_code == 504
     assert limits == [0.77] * 3
     assert told == [(0.25, True, False), (0.0, True, False), (0.25, False, True)]
+
+
+@pytest.mark.parametrize(("over_for_s", "limit"), [(1.0, LEAST), (-1.0, LIMIT)])
+async def test_who_hangs_up_after_the_deadline_was_not_answered_in_time(over_for_s: float, limit: float) -> None:
+    async def gone(*_: object) -> None:
+        raise Cancelled("the client went away")
+
+    gateway: Any = SimpleNamespace(replies=SimpleNamespace(result=gone))
+    job: Any = SimpleNamespace(id="m.1", work=SimpleNamespace(model="m"))
+    flow, waiter = Flow(), SimpleNamespace()
+    for _ in range(SETTLED):
+        due = time.monotonic() - over_for_s
+        with pytest.raises(Cancelled):
+            await _answer(gateway, waiter, job, due, flow, foreseen_s=1e-9)  # type: ignore[arg-type]
+    assert flow.forecasts.limit() == limit
