@@ -8,6 +8,7 @@ the unloaded median of `full`; capacity is that of `full` in a closed loop. Open
 left alone, `auto` lets it choose down to the floor.
 
 In time is of accepted work; the floor is checked evaluation by evaluation against what a request that names it runs.
+Beside each run stands what `offramp simulate` foresees of it, with tick times measured here before.
 With --data, class agreement and Frechet distance of what was served, as many images of each run (see the model's card).
 
 The last line is JSON.
@@ -19,12 +20,13 @@ import argparse
 import asyncio
 import base64
 import io
-import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,15 @@ from PIL import Image
 
 from benchmarks.bench_queue import Service, quantile, resident_mib
 from benchmarks.common import finish, table
+from models.registry import DESCRIPTIONS, resolve
+from service.simulation import report
+from service.simulation.fleet import Fleet, Terms
+from service.simulation.profiles import Points, read_profile
+from service.simulation.traces import Arrival, asking, bursts, poisson
 
 ZOO = Path(__file__).resolve().parent.parent / "models" / "zoo"
 MODEL, CLASSES = "fashion-dit", 10
 TIMES = 3  # deadline over the unloaded median
-BURST_S, BURST, LULL = 5.0, 1.75, 0.25
 REFUSED = (429, 503, 504)
 
 
@@ -53,24 +59,6 @@ class Seen:
     receipt: dict[str, Any]
     label: int
     png: bytes = b""
-
-
-def poisson(rate: float, seconds: float, seed: int) -> list[float]:
-    """Arrival times of a Poisson process."""
-    return list(_arrivals(lambda now: rate, rate, seconds, seed))
-
-
-def bursty(rate: float, seconds: float, seed: int) -> list[float]:
-    """Arrival times whose rate changes every `BURST_S`, of mean `rate`."""
-    return list(_arrivals(lambda t: rate * (BURST if int(t / BURST_S) % 2 == 0 else LULL), BURST * rate, seconds, seed))
-
-
-def _arrivals(rate: Callable[[float], float], most: float, seconds: float, seed: int) -> Iterator[float]:
-    """An inhomogeneous Poisson process, by thinning (Lewis and Shedler 1979)."""
-    draw, now = random.Random(seed), 0.0
-    while (now := now + draw.expovariate(most)) < seconds:
-        if draw.random() * most < rate(now):
-            yield now
 
 
 async def ask(http: httpx.AsyncClient, number: int, due: float, begun: float, body: dict[str, Any]) -> Seen:
@@ -142,6 +130,19 @@ def run(service: Service, arrivals: Sequence[float], body: dict[str, Any], deadl
     }
 
 
+def measured(folder: Path) -> Points:
+    """What ticks take on this machine."""
+    file = folder / "ticks.json"
+    subprocess.run([sys.executable, "-m", "service.cli", "simulate", "--measure", str(file)], check=True)
+    return read_profile(file)[0]
+
+
+def simulated(arrivals: Sequence[float], body: dict[str, Any], deadline_ms: int, points: Points) -> dict[str, Any]:
+    """The same trace through the simulator."""
+    fleet = Fleet(resolve(DESCRIPTIONS, "generate")(ZOO / MODEL), points, Terms(deadline_ms=deadline_ms))
+    return report.summary(fleet, fleet.run(asking(list(arrivals), Arrival(0.0, **body))))
+
+
 def broken(seen: Sequence[Seen], floor: Sequence[int]) -> int:
     """Answers with an evaluation of fewer blocks than the floor's."""
     found = [one.receipt["exit_depths"] for one in seen if one.status == 200]
@@ -203,7 +204,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="a PNG file")
     chosen = parser.parse_args()
     runs: dict[str, dict[str, Any]] = {}
+    foreseen: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
+        points = measured(Path(folder))
         (zoo := Path(folder) / "zoo").mkdir()
         (zoo / MODEL).symlink_to(ZOO / MODEL)
         with Service(Path(folder), [], models=str(zoo)) as service:
@@ -213,11 +216,12 @@ def main() -> None:
             capacity = sum(one.due + one.took < 12.0 for one in flat) / 12.0
             [named] = asyncio.run(asked(service.port, [0.0], {"gear": chosen.floor}))
             resident = resident_mib(service.pids["worker"])
-            for trace, made in (("poisson", poisson), ("bursty", bursty)):
+            for trace, made in (("poisson", poisson), ("bursty", bursts)):
                 arrivals = made(chosen.overload * capacity, chosen.seconds, seed=0)
                 ways = {"full": {"gear": "full"}, "auto": {"gear": "auto", "floor": chosen.floor}}
                 for way, body in sorted(ways.items(), reverse=trace == "bursty"):
                     runs[f"{trace}, {way}"] = run(service, arrivals, body, deadline_ms)
+                    foreseen[f"{trace}, {way}"] = simulated(arrivals, body, deadline_ms, points)
                     time.sleep(5.0)
             grown = [resident, resident_mib(service.pids["worker"])]
     depths = named.receipt["exit_depths"]
@@ -226,18 +230,28 @@ def main() -> None:
     judged = quality(runs, chosen.data) if chosen.data else {}
     if chosen.plot:
         plot(runs, deadline_ms, chosen.plot)
-    show(runs, judged, capacity, deadline_ms, chosen.overload)
+    show(runs, foreseen, judged, capacity, deadline_ms, chosen.overload)
     told = {name: {k: v for k, v in run.items() if k != "seen"} | judged.get(name, {}) for name, run in runs.items()}
-    finish("gears", capacity_per_s=capacity, deadline_ms=deadline_ms, worker_mib=grown, runs=told)
+    finish("gears", capacity_per_s=capacity, deadline_ms=deadline_ms, worker_mib=grown, runs=told, simulated=foreseen)
 
 
-def show(runs: dict[str, Any], judged: dict[str, Any], capacity: float, deadline_ms: int, overload: float) -> None:
+def show(
+    runs: dict[str, Any],
+    foreseen: dict[str, Any],
+    judged: dict[str, Any],
+    capacity: float,
+    deadline_ms: int,
+    overload: float,
+) -> None:
     print(f"{overload:g} times the {capacity:.2f} images / s of full, deadline {deadline_ms} ms\n")
     keys = ("offered", "accepted", "refused", "accepted_in_time", "goodput_per_s", "p50_ms", "p95_ms", "p99_ms")
     more = ("refusal_p50_ms", "downgraded", "compute_saved", "floor_broken")
     rows = [[name, *(f"{run[key]:.4g}" for key in keys + more)] for name, run in runs.items()]
     table(("run", *keys, *more), rows)
     table(("run", "gears served"), [[name, run["gears"]] for name, run in runs.items()])
+    both = ("accepted", "accepted_in_time", "goodput_per_s", "p50_ms", "p99_ms", "compute_saved")
+    beside = {f"{name}, {of}": run[name] for name in runs for of, run in (("real", runs), ("simulated", foreseen))}
+    table(("run", *both), [[name, *(f"{run[key]:.4g}" for key in both)] for name, run in beside.items()])
     if judged:
         heads = ("images", "class_agreement", "frechet", "frechet_interval")
         table(("run", *heads), [[name, *(one[key] for key in heads)] for name, one in judged.items()])

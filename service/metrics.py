@@ -52,6 +52,9 @@ class GatewayMetrics:
         )
         self.letters = Gauge("offramp_dead_letters", "Dead letters kept.", ["model"], registry=r)
         self.workers = Gauge("offramp_workers", "Live workers.", ["model"], registry=r)
+        self.limit = Gauge(
+            "offramp_admission_limit", "Share of the last job's budget that could be foreseen.", ["model"], registry=r
+        )
         self.webhooks = Counter("offramp_webhooks", "Calls of webhooks.", ["outcome"], registry=r)
         for outcome in WEBHOOKS:
             self.webhooks.labels(outcome)

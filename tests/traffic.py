@@ -45,6 +45,7 @@ class Traffic:
                 self.gateway.requests.labels(task, model, outcome).inc()
                 self.gateway.duration.labels(task, model).observe(0.25)
             self.gateway.refusals.labels(model, "queue_full").inc()
+            self.gateway.limit.labels(model).set(0.9)
             self.gateway.waiting.labels(task).set(2)
             self.gateway.queue_jobs.labels(model).set(3)
             self.gateway.backlog.labels(model).set(480)

@@ -97,7 +97,7 @@ def rates(model: str) -> str:
 
 
 def pressed(model: str) -> str:
-    """Hash of worker id to its drain rate while more work waits than fits; 0 while it has room."""
+    """Hash of worker id to the drain rate that deadlines are judged by; 0: work begins at once, or nobody knows."""
     return f"{prefix(model)}pressed"
 
 

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 class Submitted:
     """A job that is queued: the handle of its entry; `attached` when it was there already.
 
-    `foreseen_ms`: until it is done, by what is ahead of it and the rate of the workers; 0 when it begins at once.
+    `foreseen_ms`: until it is done, by what is ahead of it and the rate of the workers; 0 where nothing is, or no wait.
     """
 
     entry: str
@@ -92,7 +92,7 @@ class Broker(Hooks):
         Raises:
             QueueFull: the backlog would pass its budget.
             QuotaExceeded: what the owner has queued and running would.
-            DeadlineExceeded: no worker has room, and at their rate the backlog drains too late.
+            DeadlineExceeded: at the workers' rate what is ahead drains too late.
             NoWorker: nobody serves the model.
         """
         verdict, handle, waiting, rate, foreseen_ms = await self._submit(

@@ -100,8 +100,11 @@ async def _answer(gateway: Gateway, waiter: Waiter, job: Job, due: float, flow: 
     try:
         result = await gateway.replies.result(waiter, job.work.model, job.id, due - queued + GRACE_S)
     except (DeadlineExceeded, Cancelled):
-        if time.monotonic() > due:
+        now = time.monotonic()
+        if now > due:
             over("expired")
+        elif now - queued > foreseen_s:
+            flow.forecasts.came_true(foreseen_s, now - queued, due - queued)
         raise
     over(result.outcome)
     return succeeded(result)
@@ -109,8 +112,9 @@ async def _answer(gateway: Gateway, waiter: Waiter, job: Job, due: float, flow: 
 
 async def _queue(gateway: Gateway, job: Job, params: Params, asked: Asking, due: float, flow: Flow) -> Submitted:
     """Submit before `due`."""
+    left_s, limit = due - time.monotonic(), flow.forecasts.limit()
+    gateway.metrics.limit.labels(job.work.model).set(limit)
     try:
-        left_s = due - time.monotonic()
         async with asyncio.timeout(left_s):
             terms = Terms(
                 rows=job.work.rows,
@@ -124,11 +128,14 @@ async def _queue(gateway: Gateway, job: Job, params: Params, asked: Asking, due:
                 webhook=params.webhook or "",
                 need_worker=True,
                 refused=flow.refused(),
-                limit=flow.forecasts.limit(),
+                limit=limit,
             )
             submitted = await gateway.broker.submit(job, terms)
             asked.request.state.queued = True
             return submitted
+    except DeadlineExceeded:
+        flow.forecasts.refused(left_s)
+        raise
     except TimeoutError:
         flow.answered(late=True)
         raise DeadlineExceeded("the deadline passed before the job was queued", field="deadline_ms") from None

@@ -28,6 +28,9 @@ def gears_for(params: GenerateParams, info: ModelInfo, work: GenerateWork) -> tu
     Raises:
         BadRequest, UnknownName: a floor that no gear has, or a `max_compute` that none keeps.
     """
+    if isinstance(params.floor, float) and work.overrides:
+        other = " and ".join(work.overrides)
+        raise BadRequest(f"no gear's class accuracy is known at other {other}: name a gear as floor", field="floor")
     rungs = [gear for name in rungs_of(info) for gear in info.gears if gear.name == name]
     return tuple(gear.name for gear in _above(params.floor, _within(params.max_compute, rungs, info, work), info))
 

@@ -65,7 +65,7 @@ class Flow:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.forecasts = Forecasts()
+        self.forecasts = Forecasts(clock)
         self._clock = clock
         self._in_flight = 0
         self._answered: deque[float] = deque()
@@ -112,8 +112,8 @@ class Flow:
 class Flows:
     """Flows by what makes requests alike: model, priority, and the budget's power of two."""
 
-    def __init__(self) -> None:
-        self._flows: defaultdict[tuple[str, str, int], Flow] = defaultdict(Flow)
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._flows: defaultdict[tuple[str, str, int], Flow] = defaultdict(lambda: Flow(clock))
 
     def of(self, model: str, priority: str, budget_s: float) -> Flow:
         """The flow that such a request belongs to."""

@@ -104,7 +104,7 @@ class Fleet:
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order, self._left, self._view = count(), 0, (0.0, Queue())
         self._seen: list[Seen] = []
-        self._flows = Flows()
+        self._flows = Flows(self._clock)
         self._work = lru_cache(1024)(self._resolved)
         curve, metrics = TickTime(points), WorkerMetrics()
         self.workers = [self._worker(i, curve, metrics, points) for i in range(terms.workers)]
@@ -165,6 +165,8 @@ class Fleet:
         verdict, seen.foreseen_ms = self._queue.submit(entry, self._forecasts(seen).limit())
         if verdict != "accepted":
             self._end(number, verdict)
+            if verdict == "late":
+                self._forecasts(seen).refused(seen.deadline_ms / 1000)
         else:
             self._call()
 

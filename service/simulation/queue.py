@@ -50,7 +50,7 @@ class SimQueue:
     Attributes:
         asked: cost of all that was ever asked for and could have been done in time.
         backlog: cost waiting and running, by rank.
-        pressed: what each live worker says that it drains under pressure, cost per second; 0: it has room.
+        pressed: each live worker's rate that deadlines are judged by, cost per second; 0: what comes begins at once.
     """
 
     def __init__(self, max_backlog: int) -> None:
@@ -72,7 +72,7 @@ class SimQueue:
         self.pressed[worker], self._rate = float(f"{pressed:.6g}"), None
 
     def submit(self, entry: Entry, limit: float = LIMIT) -> tuple[Verdict, float]:
-        """Queue a job, or say why not; beside it the milliseconds foreseen for it, 0 where it begins at once.
+        """Queue a job, or say why not; beside it the milliseconds foreseen for it, 0 where nothing is ahead.
 
         `limit`: share of its budget that these may be.
         """
@@ -92,7 +92,7 @@ class SimQueue:
         return "accepted", foreseen_ms
 
     def _drained(self) -> float:
-        """Cost per second of all workers; 0 where one has room."""
+        """Cost per second of all workers; 0 where one begins at once what comes."""
         if self._rate is None:
             rates = self.pressed.values()
             self._rate = 0.0 if any(rate <= 0 for rate in rates) else sum(rates)

@@ -42,7 +42,8 @@ def tick_times(
             guidance_interval=full.guidance_interval,
         )
         try:
-            points.append(_tick(task, work, clock))
+            units, ms = _tick(task, work, clock)
+            points.append((units, max([ms, *(before for _, before in points)])))
         except Exception:  # memory that a splitter would have saved, say: what is known by now will do
             log.warning("ticks of %s rows cannot be timed", rows, exc_info=True, extra={"model": info.name})
             return points

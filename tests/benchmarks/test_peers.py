@@ -34,7 +34,7 @@ from benchmarks.peers.cells import (
     survived,
 )
 from benchmarks.peers.contestants import contestant, requests
-from benchmarks.peers.figures import goodput, kill_figures, load_figures, window
+from benchmarks.peers.figures import LOST, OK, goodput, kill_figures, load_figures, window
 from benchmarks.peers.plots import points, stamps
 from benchmarks.peers.quality import cited
 from benchmarks.peers.report import END, START, bold, filled, readme
@@ -344,6 +344,36 @@ def test_an_interrupted_run_goes_on_where_it_stopped() -> None:
     campaign.turn("sleep", "ray", "closed", 1, {"1": 1.0}, 60.0)
     assert campaign.cells[-1]["kind"] == "skip"
     assert "not installed" in campaign.cells[-1]["reason"]
+
+
+def test_a_contestant_is_started_anew_behind_a_cell_that_left_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    answers = iter([LOST, OK, LOST])
+
+    class Who:
+        port, mark = 0, "nobody's"
+
+        def wire(self, variant: str, deadline_s: float) -> list[str]:
+            return []
+
+        def start(self, timeout_s: float) -> None:
+            done.append("start")
+
+        def stop(self) -> None:
+            done.append("stop")
+
+    def client(port: int, plan: dict[str, Any]) -> dict[str, Any]:
+        done.append(f"load {plan['rate']:g}")
+        return {"seen": [(2.0, 0.1, next(answers))], "cpu_s": 0.0}
+
+    monkeypatch.setattr("benchmarks.peers.campaign.load", client)
+    plan = Plan(("sleep",), ("mosec",), Path("nowhere"), foreign=float("inf"))
+    campaign = Campaign(plan, [*CELLS], say=lambda line: None)
+    monkeypatch.setattr(campaign, "started", lambda work, name, timeout_s: Who())
+    campaign.turn("sleep", "mosec", "open", 9, {"0.5": 0.5, "0.8": 0.8, "1.2": 1.2}, 0.15)
+    best, _ = capacities(CELLS, "sleep")
+    loads = [f"load {share * best:g}" for share in (0.5, 0.8, 1.2)]
+    assert done == [loads[0], "stop", "start", loads[1], loads[2], "stop"]
 
 
 def test_pins_name_versions_and_environments_are_known_by_them(tmp_path: Path) -> None:

@@ -112,6 +112,8 @@ def test_a_request_says_what_may_be_chosen(asked: dict[str, object], ladder: tup
         ({"floor": 0.95, "max_compute": 0.6}, "floor", "the best has 0.9"),
         ({"floor": "full", "max_compute": 0.6}, "floor", "max_compute"),
         ({"max_compute": 0.3}, "max_compute", "at least 0.5"),
+        ({"floor": 0.9, "steps": 3}, "floor", "other steps"),
+        ({"floor": 0.9, "guidance": 7.5, "solver": "ddpm"}, "floor", "other solver and guidance"),
     ],
 )
 def test_what_cannot_be_kept_is_refused_by_field(asked: dict[str, object], field: str, says: str) -> None:

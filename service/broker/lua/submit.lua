@@ -3,7 +3,8 @@
 -- ARGV id payload rows cost deadline_budget_ms max_backlog rank owner max_owed reply_to events webhook alive_ms refused
 -- limit
 -- Returns {verdict, handle, cost waiting ahead, cost per second, milliseconds foreseen}; verdict accepted, attached, full,
--- owed, late, idle. Work that begins at once has nothing foreseen; else `limit` is the share of its budget that may be.
+-- owed, late, idle. Of work with nothing ahead, or that a worker begins at once, nothing is foreseen; else `limit` is the
+-- share of its budget that may be.
 local id, payload, rows, cost, budget, most, rank, owner, max_owed, reply, events, webhook, alive, refused, limit =
   unpack(ARGV)
 local job = P .. 'job:' .. id
@@ -25,7 +26,7 @@ if tonumber(alive) > 0 then
   if #live == 0 then return {'idle', '', 0, '0', 0} end
   for _, pressed in ipairs(redis.call('HMGET', P .. 'pressed', unpack(live))) do
     pressed = tonumber(pressed or 0)
-    if pressed <= 0 then roomy = true end  -- a worker with room begins at once: no wait to judge
+    if pressed <= 0 then roomy = true end  -- it begins at once what comes, or knows no rate: no wait to judge
     rate = rate + pressed
   end
 end

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.broker.redis_streams import Broker, Submitted
-from service.errors import Cancelled
+from service.errors import Cancelled, DeadlineExceeded
 from service.gateway.admission import _answer
-from service.gateway.forecasts import KEPT, LEAST, MOST, NEAR, ONE_IN, SEEN, SETTLED, Forecasts
+from service.gateway.forecasts import KEPT, LEAST, MOST, NEAR, ONE_IN, PATIENCE, RISE, SEEN, SETTLED, Forecasts
 from service.gateway.shedding import Flow
 from service.protocol import LIMIT, Job, Terms
 from tests.service.gateway.serving import Worker
@@ -57,6 +58,49 @@ def test_what_was_given_up_took_the_whole_budget_at_least() -> None:
     assert forecasts.limit() == pytest.approx(KEPT * 0.8)
 
 
+class Clock:
+    """Seconds that a test sets."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def refused(forecasts: Forecasts, clock: Clock, seconds: float) -> None:
+    """Refusals of a budget of a second, ten a second, for so long."""
+    end = clock.now + seconds
+    while clock.now < end:
+        forecasts.refused(1.0)
+        clock.now += 0.1
+
+
+def test_who_only_refuses_tries_a_higher_limit() -> None:
+    """Other gateways may keep the queue so long that nothing is let in which could say that it is too low."""
+    forecasts = Forecasts(clock := Clock())
+    for _ in range(SETTLED):
+        forecasts.came_true(1.0, 3.0, 1.0)
+    refused(forecasts, clock, PATIENCE - 0.1)
+    assert forecasts.limit() == LEAST
+    refused(forecasts, clock, 1.0)
+    assert forecasts.limit() == LIMIT
+    refused(forecasts, clock, PATIENCE + 0.3)
+    assert forecasts.limit() == pytest.approx(LIMIT + RISE)
+    refused(forecasts, clock, 10 * PATIENCE)
+    assert forecasts.limit() == MOST
+    for _ in range(SETTLED):
+        forecasts.came_true(1.0, 1.0, 1.0)
+    assert forecasts.limit() == pytest.approx(KEPT), "what came before the rise is forgotten"
+
+
+def test_refusals_beside_answers_change_nothing() -> None:
+    forecasts = Forecasts(clock := Clock())
+    for _ in range(10):
+        refused(forecasts, clock, PATIENCE - 0.1)
+        forecasts.came_true(1.0, 1.0, 1.0)
+    assert forecasts.limit() == pytest.approx(KEPT)
+
+
 def test_old_answers_are_forgotten() -> None:
     assert after(*[2.0] * SEEN, *[1.0] * SEEN).limit() == pytest.approx(KEPT)
 
@@ -66,6 +110,7 @@ def test_the_limit_stays_within_its_bounds(answers: list[tuple[float, float, flo
     forecasts = Forecasts()
     for answer in answers:
         forecasts.came_true(*answer)
+        forecasts.refused(1e-9)
         assert LEAST <= forecasts.limit() <= MOST
 
 
@@ -93,16 +138,42 @@ async def test_answers_teach_the_limit_that_the_next_job_has(
     assert told == [(0.25, True, False), (0.0, True, False), (0.25, False, True)]
 
 
-@pytest.mark.parametrize(("over_for_s", "limit"), [(1.0, LEAST), (-1.0, LIMIT)])
-async def test_who_hangs_up_after_the_deadline_was_not_answered_in_time(over_for_s: float, limit: float) -> None:
+async def test_a_refusal_is_told_to_the_limit(
+    worker: Worker, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    async def late(self: Broker, job: Job, terms: Terms) -> Submitted:
+        raise DeadlineExceeded("too much is ahead", field="deadline_ms")
+
+    monkeypatch.setattr(Broker, "submit", late)
+    monkeypatch.setattr(Forecasts, "limit", lambda self: 0.77)
+    monkeypatch.setattr(Forecasts, "refused", lambda self, budget_s: told.append(budget_s))
+    assert (await http.post("/generate", json={"deadline_ms": 2000})).status_code == 504
+    assert told == [pytest.approx(2.0, abs=1.0)]
+    assert 'offramp_admission_limit{model="drawer"} 0.77' in (await http.get("/metrics")).text
+
+
+@pytest.mark.parametrize(
+    ("foreseen_s", "budget_s", "told"),
+    [(0.01, 60.0, (False, True)), (0.01, 0.02, (True, True)), (30.0, 60.0, None)],
+    ids=["later than foreseen", "after its deadline", "sooner than foreseen"],
+)
+async def test_who_hangs_up_says_how_long_it_waited_at_least(
+    foreseen_s: float, budget_s: float, told: tuple[bool, bool] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def gone(*_: object) -> None:
+        await asyncio.sleep(0.05)
         raise Cancelled("the client went away")
 
+    def came_true(self: Forecasts, foreseen_s: float, took_s: float, budget_s: float, given_up: bool = False) -> None:
+        seen.append((given_up, took_s >= 0.05))
+
+    seen: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(Forecasts, "came_true", came_true)
     gateway: Any = SimpleNamespace(replies=SimpleNamespace(result=gone))
     job: Any = SimpleNamespace(id="m.1", work=SimpleNamespace(model="m"))
-    flow, waiter = Flow(), SimpleNamespace()
-    for _ in range(SETTLED):
-        due = time.monotonic() - over_for_s
-        with pytest.raises(Cancelled):
-            await _answer(gateway, waiter, job, due, flow, foreseen_s=1e-9)  # type: ignore[arg-type]
-    assert flow.forecasts.limit() == limit
+    waiter: Any = SimpleNamespace()
+    with pytest.raises(Cancelled):
+        await _answer(gateway, waiter, job, time.monotonic() + budget_s, Flow(), foreseen_s)
+    assert seen == ([told] if told else [])

@@ -10,6 +10,7 @@ import pytest
 
 from models.registry import DESCRIPTIONS, resolve
 from service.errors import OfframpError
+from service.protocol import LIMIT
 from service.simulation import report
 from service.simulation.fleet import Fleet, Terms
 from service.simulation.profiles import read_profile
@@ -111,6 +112,17 @@ def test_at_twice_the_capacity_gears_serve_more_and_no_later(made):
     assert 0 < on["compute_saved"] <= 0.4
     assert off["compute_saved"] == 0
     assert {one.receipt.get("gear") for one in seen} == {"full", None}
+
+
+def test_admission_follows_its_answers(monkeypatch):
+    arrivals = asking(poisson(2 * FULL, 40.0, 0), Arrival(0.0, floor="eco"))
+    fleet, seen, learned = served(arrivals)
+    limit = fleet._forecasts(seen[0]).limit()
+    assert limit > LIMIT
+    monkeypatch.setattr("service.gateway.forecasts.Forecasts.came_true", lambda *_, **__: None)
+    monkeypatch.setattr("service.gateway.forecasts.Forecasts.refused", lambda *_: None)
+    _, _, fixed = served(arrivals)
+    assert learned["in_time"] > fixed["in_time"]
 
 
 def test_after_a_crowd_the_best_gear_comes_back():

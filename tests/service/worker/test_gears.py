@@ -148,7 +148,9 @@ def enough(strain: float, load: float) -> bool:
 def test_more_strain_never_gives_a_better_rung(strains: list[float], more: float, start: int) -> None:
     mild, hard = Governor(3), Governor(3)
     mild.rung = hard.rung = start
-    assert mild.decide(0.0, strains, CALM) <= hard.decide(0.0, [more * s for s in strains], CALM)
+    for governor in (mild, hard):  # long enough in calm for a climb
+        assert governor.decide(0.0, CALM, CALM) == start
+    assert mild.decide(HOLD_S, strains, CALM) <= hard.decide(HOLD_S, [more * s for s in strains], CALM)
 
 
 def test_a_curve_is_straight_between_its_points_and_beyond() -> None:

@@ -175,6 +175,21 @@ def test_ticks_are_measured_before_there_is_work() -> None:
     assert tick_times(ToyClassify(), clock=clock) == []
 
 
+def test_a_larger_tick_that_was_quicker_took_no_less_than_the_smaller_one() -> None:
+    """Where ticks are flat, noise turns neighbours round; a curve rises."""
+
+    class Flat(Timed):
+        def step(self, slots: Sequence[int]) -> StepStats:
+            before = self.clock.now
+            stats = super().step(slots)
+            self.clock.now = before + {1: 0.006, 2: 0.005, 4: 0.007}[len(slots)]
+            return stats
+
+    clock = Clock()
+    points = tick_times(Flat(clock, capacity=4), clock=clock)
+    assert points == [(4.0, pytest.approx(6.0)), (8.0, pytest.approx(6.0)), (16.0, pytest.approx(7.0))]
+
+
 JUDGE = ModelInfo(
     "judge", "classify", ("a", "b"), (1, 1, 1), "w",
     methods={"single": 1.0, "ensemble": 5.0}, times={"single": 1.0, "ensemble": 5.0},
