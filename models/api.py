@@ -86,8 +86,8 @@ class GenerateParams:
         max_length=64,
     )
     floor: str | float | None = _spec(
-        "auto: the cheapest gear allowed, or the least class accuracy (of the model's card) that it may have; the "
-        "model's default gear if absent.",
+        "auto: the cheapest gear allowed, or the least class accuracy (of the model's card, at the gears' own steps, "
+        "solver and guidance) that it may have; the model's default gear if absent.",
         ge=0.0,
         le=1.0,
         max_length=64,
