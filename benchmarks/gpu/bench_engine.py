@@ -3,19 +3,21 @@
     python -m benchmarks.gpu.bench_engine --out DIR [--models FOLDER ...] [--seconds 480] [--toy]
 
 Sections are independent: each has a share of the time, one that fails leaves its traceback, and the JSON
-(DIR/engine.json) is written after each. Models: the folders that are named, else random weights at the size of CIFAR-10
+(DIR/engine.json) is written after each, and within the first, which compiles.
+Models: the folders that are named, else random weights at the size of CIFAR-10
 (a DiT and a U-ViT of about 10 M parameters, patch 2), and fashion-dit. The last table is what the targets say.
 
 limits      copy bandwidth, matrix products by precision, a launch, a replay
 network     time per row-evaluation by rows, precision and backend; n_sat; share of the matrix limit
 exits       batches of mixed depths beside full depth and beside the mean over depths
-ticks       ticks a second at one row and at 64, and the share of them outside kernels, with the dearest kernels
 engine      ticks a second at one row with scheduler and metrics around the task
 quality     images in float32 and bfloat16 beside a plain loop's
 batch       images a second by batch, of that loop and of the engine
 equal       images a second beside that loop, which runs static batches at full depth, eager and compiled
 mixed       the same for requests of 10 to 50 steps
 load        p50 and p99 of Poisson arrivals at 80 % of the capacity
+ticks       ticks a second at one row and at 64, and the share of them outside kernels, with the dearest kernels;
+            last, since a profiler may slow down what comes after it
 
 `--toy` runs the same code at tiny size in under a minute, on a CPU where there is nothing else.
 """
@@ -40,7 +42,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.bench_models import Subject, stand_in, subjects
-from benchmarks.gpu.bench_network import COMPILING_S, LONG, Loaded, exits, network, ticks
+from benchmarks.gpu.bench_network import LONG, Loaded, exits, network, ticks
 from benchmarks.gpu.bench_plain import continuous, poisson, poisson_plain, requests
 from benchmarks.gpu.bench_targets import commit, show, targets
 from benchmarks.gpu.bench_timing import Bench, Clock, ceilings, facts, ratios, summary
@@ -50,6 +52,7 @@ from models.tasks.generate import GenerateTask
 EQUAL, MIXED, TOY_EQUAL, TOY_MIXED = (20, 20), (10, 50), (2, 2), (2, 4)
 SLOTS, TOY_SLOTS = 1024, 4
 SHARES = (3.0, 1.6, 1.0)  # of the time, by model
+PROFILED = 0.1  # of a model's
 LOAD, LOAD_S = 0.8, 15.0
 CHECKED: tuple[tuple[SolverName, str, float], ...] = (
     ("ddpm", "full", 2.0),
@@ -59,6 +62,7 @@ CHECKED: tuple[tuple[SolverName, str, float], ...] = (
 ENOUGH = 0.93  # of the best throughput
 SECONDS = 480.0
 LEAST_S = 60.0  # for another model
+PLAIN_S = 40.0  # time left below which the plain loop is not compiled
 
 
 class Report:
@@ -82,6 +86,11 @@ class Report:
         self.found["sections"][name] = entry | {"took_s": round(time.monotonic() - began, 1)}
         self.write()
         return result
+
+    def keep(self, name: str, found: Any) -> None:
+        """What a section has by now."""
+        self.found["sections"][name] = {"found": found}
+        self.write()
 
     def write(self) -> None:
         """With what it says of the targets so far; a crash leaves the report of before."""
@@ -132,13 +141,14 @@ def alone_and_apart(
     return found
 
 
-def throughput(loaded: Loaded, steps: tuple[int, int], batch: int, clock: Clock) -> dict[str, Any]:
-    """Images a second: plain loops, engines at full depth, and gears of the best engine; by turns."""
+def throughput(loaded: Loaded, steps: tuple[int, int], batch: int, share_s: float) -> dict[str, Any]:
+    """Images a second: plain loops, engines at full depth, and gears of the best engine; by turns, for `share_s` once
+    all are warm."""
     bench, (_, best) = loaded.bench, loaded.best()
     n = batch if bench.toy else 6 * batch
     full = requests(best, n, steps)
     runs: dict[str, Callable[..., Any]] = {}
-    compiles = bench.cuda and loaded.clock.left() > COMPILING_S
+    compiles = bench.cuda and loaded.clock.left() > PLAIN_S
     for way in ("autocast", "bf16", *(("compiled",) if compiles else ())):
         runs[f"plain {way}"] = loaded.plain(way, batch).run
     for name, task in loaded.built().items():
@@ -155,7 +165,9 @@ def throughput(loaded: Loaded, steps: tuple[int, int], batch: int, clock: Clock)
             faults[name] = f"{type(error).__name__}: {error}"
             print(f"    {name} is left out: {faults[name]}")
             del runs[name]
-    seconds = bench.turns({name: partial(way, works[name]) for name, way in runs.items()}, 5, clock)
+    seconds = bench.turns(
+        {name: partial(way, works[name]) for name, way in runs.items()}, 5, loaded.clock.part(share_s)
+    )
     eager = [values for name, values in seconds.items() if name in ("plain autocast", "plain bf16")]
     plain = min(eager, key=sum)
     found: dict[str, Any] = {"ways": {}, "batch": batch, "requests": n, "steps": steps, "turns": len(plain)}
@@ -227,29 +239,31 @@ def load(loaded: Loaded, capacity: dict[str, float], batch: int, clock: Clock) -
 def measure(bench: Bench, subject: Subject, report: Report, limits: dict[str, float], clock: Clock, slots: int) -> None:
     """All sections of one model within the clock."""
     total = clock.left()
+    most = clock.part((1 - PROFILED) * total)
 
     def share(part: float) -> Clock:
-        return clock.part(part * total)
+        return most.part(part * total)
 
     with tempfile.TemporaryDirectory() as cache:
-        loaded = Loaded(bench, subject, slots, Path(cache), clock)
-        found = report.section(f"{subject.name}/network", lambda: network(loaded, limits, share(0.3)))
+        loaded = Loaded(bench, subject, slots, Path(cache), most)
+        first = f"{subject.name}/network"
+        found = report.section(first, lambda: network(loaded, limits, share(0.3), partial(report.keep, first)))
         ways = (found or {}).get("ways", {})
         n_sat = next((ways[name]["n_sat"] for name in loaded.built() if name in ways), 2)
-        report.section(f"{subject.name}/ticks", lambda: ticks(loaded, share(0.1)))
         report.section(f"{subject.name}/engine", lambda: engine(loaded))
         report.section(f"{subject.name}/exits", lambda: exits(loaded, n_sat, share(0.12)))
         report.section(f"{subject.name}/quality", lambda: quality(loaded, 4 if bench.toy else 64))
         batches = report.section(f"{subject.name}/batch", lambda: best_batch(loaded, share(0.1)))
         chosen = (batches or {"chosen": 2 if bench.toy else 64})["chosen"]
         equal, mixed = (TOY_EQUAL, TOY_MIXED) if bench.toy else (EQUAL, MIXED)
-        report.section(f"{subject.name}/equal", lambda: throughput(loaded, equal, chosen, share(0.1)))
-        speed = report.section(f"{subject.name}/mixed", lambda: throughput(loaded, mixed, chosen, share(0.15)))
+        report.section(f"{subject.name}/equal", lambda: throughput(loaded, equal, chosen, 0.1 * total))
+        speed = report.section(f"{subject.name}/mixed", lambda: throughput(loaded, mixed, chosen, 0.15 * total))
         able = {name: way["images_per_s"] for name, way in (speed or {"ways": {}})["ways"].items()}
         rates = {"full": able.get(f"full {loaded.best()[0]}", 0.0), "balanced": able.get("balanced best", 0.0)}
         rates |= {"plain bf16": able.get("plain bf16", 0.0)}
         known = {name: rate for name, rate in rates.items() if rate}
         report.section(f"{subject.name}/load", lambda: load(loaded, known, chosen, share(0.12)))
+        report.section(f"{subject.name}/ticks", lambda: ticks(loaded, clock.part(PROFILED * total)))
 
 
 def run(out: Path, models: Sequence[Path], seconds: float, toy: bool, of: str = "") -> dict[str, Any]:

@@ -136,9 +136,18 @@ def saturation(per_row: dict[int, float]) -> int:
     return min(rows for rows, s in per_row.items() if s <= NEAR * least)
 
 
-def network(loaded: Loaded, limits: dict[str, float], clock: Clock) -> dict[str, Any]:
-    """Seconds by rows at full depth, by precision and backend, beside the matrix limit; n_sat of each."""
+def network(
+    loaded: Loaded, limits: dict[str, float], clock: Clock, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Seconds by rows at full depth, by precision and backend, beside the matrix limit; n_sat of each.
+
+    `keep` is told what there is after each: the next may take long to compile.
+    """
     subject, bench, found = loaded.subject, loaded.bench, dict[str, Any]()
+
+    def told() -> dict[str, Any]:
+        return {"ways": found, "built_s": loaded.built_s, "faults": {"/".join(k): v for k, v in loaded.faults.items()}}
+
     for precision, backend in WAYS:
         if clock.left() <= 0:
             break
@@ -161,8 +170,9 @@ def network(loaded: Loaded, limits: dict[str, float], clock: Clock) -> dict[str,
             shown = found[name]
             share = max(shown["share_of_matmul"].values())
             print(f"    {name:<24} n_sat {shown['n_sat']:>5}  {1e6 * shown['least_row_s']:.2f} us a row  {share:.1%}")
+        keep(told())
     loaded.ranked({name: way["least_row_s"] for name, way in found.items()})
-    return {"ways": found, "built_s": loaded.built_s, "faults": {"/".join(k): v for k, v in loaded.faults.items()}}
+    return told()
 
 
 def exits(loaded: Loaded, n_sat: int, clock: Clock) -> list[dict[str, Any]]:

@@ -30,8 +30,9 @@ from models.training.exits import SCHEDULES
 
 REPO = Path(__file__).parents[2]
 PIECE = 15 << 20  # bytes of a file that comes back
-LEAST = {"train": 2.5, "measure": 7.0}  # minutes that are worth starting a stage: only trainings can pause
-POOL = "+pool"  # names the archive of a stage's members that are for evaluation alone
+LEAST = {"train": 2.5, "measure": 6.5}  # minutes that are worth starting a stage: only trainings can pause
+FILES = 8  # that come back of a call
+POOL = "-pool"  # names the archive of a stage's members that are for evaluation alone
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ def run(name: str, slot: Slot) -> dict[str, Any]:
     if ran.returncode:
         print((slot.out / "train.log").read_text()[-3000:], flush=True)
         return {"stage": name, "finished": False, "error": f"exit code {ran.returncode}", "took": seconds}
-    (slot.out / f"{name}.txt").write_text(text)
+    with (slot.out / "train.log").open("a") as log:
+        log.write(text)
     said = next((line for line in reversed(text.splitlines()) if line.startswith("{")), None)
     if said is None:
         return {"stage": name, "finished": False, "error": "no closing line", "took": seconds}
@@ -282,6 +284,7 @@ def main(arguments: list[str] | None = None) -> None:
         if slot.done(name).is_file():
             continue
         if slot.left < STAGES[name].least:
+            print(f"{name} is not begun: {slot.left:.1f} of {STAGES[name].least:g} minutes are left", flush=True)
             break
         try:
             made.append(run(name, slot))
@@ -295,7 +298,9 @@ def main(arguments: list[str] | None = None) -> None:
     summary = {"stages": made, "waiting": waiting, "minutes": round(given.minutes - slot.left, 2), "left": size}
     (slot.out / "train.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary))
-    if any("error" in stage for stage in made):
+    if size["files"] > FILES:
+        print(f"{size['files']} files, {FILES} come back: ask for fewer stages a call", file=sys.stderr)
+    if size["files"] > FILES or any("error" in stage for stage in made):
         raise SystemExit(1)
 
 

@@ -11,7 +11,8 @@ import dataclasses
 import gc
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -79,16 +80,29 @@ def capture(run: Run, pool: Any, stream: torch.cuda.Stream) -> Captured:
             for _ in range(WARM_UPS):
                 run()
             stream.synchronize()
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                outputs = run()
-            finally:
-                graph.capture_end()
+            with uncollected():
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    outputs = run()
+                finally:
+                    graph.capture_end()
         torch.cuda.current_stream(stream.device).wait_stream(stream)
     except Exception as error:  # compilers have errors of their own
         reason = error.__context__ or error  # the end of a broken capture fails too, and says less
         raise BackendUnavailable(f"CUDA graph capture failed: {str(reason).splitlines()[0]}") from error
     return graph.replay, outputs
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No cycles are collected meanwhile: a graph or an event that goes would break a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def buckets_up_to(rows: int) -> list[int]:

@@ -38,9 +38,9 @@ def source(logits: Tensor, temperature: Tensor | float = TEMPERATURE) -> Tensor:
     return centre(logits) / temperature
 
 
-def sample_temperature(n: int) -> Tensor:
+def sample_temperature(n: int, device: torch.device | None = None) -> Tensor:
     """S per row (n, 1): 2 + 0.4 Beta(1, 5), by inverting the distribution function."""
-    return TEMPERATURE_BASE + TEMPERATURE_SPREAD * (1.0 - torch.rand(n, 1) ** (1.0 / 5.0))
+    return TEMPERATURE_BASE + TEMPERATURE_SPREAD * (1.0 - torch.rand(n, 1, device=device) ** (1.0 / 5.0))
 
 
 def sample_between(z0: Tensor, z1: Tensor, tau: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ Copy = Callable[[Tensor], tuple[Tensor, Wait]]  # starts a copy to the host: tha
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one, else the CPU; a device that is not there is refused.
 
-    On CUDA float32 is float32 from here on: no TF32, in which a classifier's thresholds were not fitted.
+    On CUDA float32 is float32 from here on: no TF32, in which a classifier's thresholds were not fitted. Attention is
+    not cuDNN's, which plans anew for every number of rows: here that changes with every tick.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,6 +33,7 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

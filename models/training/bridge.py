@@ -123,7 +123,7 @@ def bridge_loss(model: BridgeNetwork, tap: Tensor, late: Tensor, logits: Tensor,
     n, steps, device = len(z0), model.config.steps, z0.device
     at = torch.randint(1, steps + 1, (n,), device=device)
     tau = (at / steps)[:, None]
-    z = sample_between(z0, source(logits, sample_temperature(n).to(device)), tau)
+    z = sample_between(z0, source(logits, sample_temperature(n, device)), tau)
     estimate = z - tau * model(tap, z, at, late)
     return ((estimate - z0).square().sum(1, keepdim=True) / tau).mean()
 

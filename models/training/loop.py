@@ -133,12 +133,13 @@ def train(
     resumed = load_checkpoint(out, model, average, optimizer)
     step, mean, averager = resumed.step, torch.tensor(resumed.loss, dtype=torch.float64), Averager(average, model)
     done = step >= optim.steps or optim.spent(resumed.seconds) >= 1
-    if optim.compile and not done:
-        compile_in_place(model)
+    compiled = optim.compile and not done and compile_in_place(model)
     model.train()
     began = time.perf_counter()
 
     def seconds() -> float:
+        if compiled and step < resumed.step + WARM:
+            return resumed.seconds
         return resumed.seconds + time.perf_counter() - began
 
     def keep() -> None:
@@ -166,7 +167,7 @@ def train(
         optimizer.zero_grad()
         averager.update(optim.ema, step)
         step += 1
-        if optim.compile and step == resumed.step + WARM and mean.is_cuda:
+        if compiled and step == resumed.step + WARM:
             torch.cuda.synchronize()
             began = time.perf_counter()
         if step % 50 == 0 or done:

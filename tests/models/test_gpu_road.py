@@ -83,8 +83,8 @@ def test_every_stage_in_order_and_on_a_second_machine(road, data, tmp_path):
     assert [stage["finished"] for stage in first["stages"]] == [True, True]
     assert np.isfinite(first["stages"][1]["validation"])
     came_back = {p.name for p in (tmp_path / "slot-1").iterdir()}
-    assert came_back >= {"members.tar.00", "members+pool.tar.00", "uvit.tar.00", "uvit.txt", "train.json"}
-    (tmp_path / "slot-1" / "members+pool.tar.00").rename(tmp_path / "members+pool.tar.00")
+    assert came_back >= {"members.tar.00", "members-pool.tar.00", "uvit.tar.00", "train.log", "train.json"}
+    (tmp_path / "slot-1" / "members-pool.tar.00").rename(tmp_path / "members-pool.tar.00")
     stages = ["uvit", "uvit-exits", "bridge", "uvit-profile"]
     second = road(stages, "b", "slot-2", state=tmp_path / "slot-1")
     assert [(s["stage"], s["finished"]) for s in second["stages"]] == [(name, True) for name in stages[1:]]
@@ -93,7 +93,7 @@ def test_every_stage_in_order_and_on_a_second_machine(road, data, tmp_path):
 
     pool = tmp_path / "b" / "out" / "cifar-ensemble" / "member-3.safetensors"
     assert not pool.exists()
-    (tmp_path / "slot-2" / "members+pool.tar.00").write_bytes((tmp_path / "members+pool.tar.00").read_bytes())
+    (tmp_path / "slot-2" / "members-pool.tar.00").write_bytes((tmp_path / "members-pool.tar.00").read_bytes())
     third = road(["classify"], "b", "slot-3", state=tmp_path / "slot-2")
     assert [stage["finished"] for stage in third["stages"]] == [True]
     assert pool.is_file()

@@ -1,6 +1,7 @@
 """What a GPU's tick is made of, without one: packed copies, one tick ahead, late pixels, captured updates, bfloat16."""
 
 import dataclasses
+import gc
 import json
 import shutil
 
@@ -22,6 +23,15 @@ from models.tasks.generator import load
 from tests.models.test_backends import inputs, network, replayed, setup_for
 
 CPU = torch.device("cpu")
+
+
+def test_nothing_is_collected_while_a_graph_is_captured():
+    with cudagraph.uncollected():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError), cudagraph.uncollected():
+        1 / 0  # noqa: B018
+    assert gc.isenabled()
 
 
 # Copies

@@ -12,6 +12,7 @@ from models.backbones.dit import DiTConfig
 from models.backbones.macs import count_macs
 from models.backbones.uvit import UViT, UViTConfig
 from models.store import ZOO, StoreError, read_config, read_tensors, write_model
+from models.training import loop
 from models.training.checkpoint import (
     CHECKPOINT,
     Progress,
@@ -147,6 +148,19 @@ def test_minutes_end_a_run_and_its_schedule(tmp_path):
     assert learning_rate(OPTIM, 10, spent=1.0) == 0
     assert learning_rate(OPTIM, 10, spent=0.1) == pytest.approx(learning_rate(OPTIM, 10), rel=0.03)
     assert learning_rate(OPTIM, 2, spent=0.9) < 0.1 * learning_rate(OPTIM, 2)
+
+
+def test_minutes_count_from_where_the_network_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "compile_in_place", lambda model: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    hurried = dataclasses.replace(OPTIM, minutes=1e-9, compile=True)
+    monkeypatch.setattr(Short, "left", loop.WARM - 1)
+    with pytest.raises(Paused):
+        fit(tmp_path, hurried, Short())
+    assert read_progress(tmp_path / CHECKPOINT).seconds == 0
+    done = fit(tmp_path, hurried)
+    assert done.steps == loop.WARM - 1 + loop.WARM + 1
+    assert done.seconds > 0
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_its_step(tmp_path):
