@@ -12,7 +12,7 @@ from benchmarks.gpu.bench_targets import targets, verdict
 from benchmarks.gpu.bench_timing import Bench, Clock, torch
 from models.registry import BACKENDS
 
-SECTIONS = ("network", "ticks", "engine", "exits", "quality", "batch", "equal", "mixed", "load")
+SECTIONS = ("network", "engine", "exits", "quality", "batch", "equal", "mixed", "load", "ticks")
 
 
 def test_the_whole_measurement_runs_at_toy_size(tmp_path, capsys):
