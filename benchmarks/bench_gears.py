@@ -20,6 +20,7 @@ import argparse
 import asyncio
 import base64
 import io
+import os
 import statistics
 import subprocess
 import sys
@@ -133,7 +134,8 @@ def run(service: Service, arrivals: Sequence[float], body: dict[str, Any], deadl
 def measured(folder: Path) -> Points:
     """What ticks take on this machine."""
     file = folder / "ticks.json"
-    subprocess.run([sys.executable, "-m", "service.cli", "simulate", "--measure", str(file)], check=True)
+    command = [sys.executable, "-m", "service.cli", "simulate", "--measure", str(file)]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return read_profile(file)[0]
 
 

@@ -113,8 +113,8 @@ async def served(url: str, workers: int, arrivals: Sequence[Arrival]) -> list[Se
             one.foreseen_ms = (await broker.submit(job, terms)).foreseen_ms
         except (DeadlineExceeded, QueueFull) as error:
             one.outcome = "late" if isinstance(error, DeadlineExceeded) else "full"
-            if one.outcome == "late":
-                forecasts.refused(DEADLINE_MS / 1000)
+            if isinstance(error, DeadlineExceeded):
+                forecasts.refused(error.foreseen_ms / 1000, DEADLINE_MS / 1000)
             del waiting[job.id]
 
     async def hear() -> None:

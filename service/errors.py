@@ -158,9 +158,10 @@ class UnfitStore(Unavailable):
 
 
 class DeadlineExceeded(OfframpError):
-    """The budget ran out before the answer."""
+    """The budget ran out before the answer, or would; `foreseen_ms`: how long it was foreseen to take, then."""
 
     code, status, title, retryable = "deadline_exceeded", 504, "Deadline exceeded", True
+    foreseen_ms = 0
 
 
 def by_code() -> dict[str, type[OfframpError]]:

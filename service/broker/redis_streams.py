@@ -100,19 +100,23 @@ class Broker(Hooks):
         )
         if (said := verdict.decode()) in ("accepted", "attached"):
             return Submitted(handle.decode(), said == "attached", foreseen_ms)
-        raise await self._refusal(said, job, terms, int(waiting), float(rate))
+        raise await self._refusal(said, job, terms, int(waiting), float(rate), foreseen_ms)
 
     async def _submit_all(self, waiting: Sequence[Submission]) -> list[Any]:
         now = time.monotonic()
         return await self._scripts("submit", [one.call(now) for one in waiting])
 
-    async def _refusal(self, verdict: str, job: Job, terms: Terms, waiting: int, rate: float) -> OfframpError:
+    async def _refusal(
+        self, verdict: str, job: Job, terms: Terms, waiting: int, rate: float, foreseen_ms: int
+    ) -> OfframpError:
         model = job.work.model
         if verdict == "idle":
             return NoWorker(f"no live worker serves {model!r} now", field="model")
         if verdict == "late":
             late = f"{model!r} has {waiting} of work ahead, {waiting / rate:.1f} s at its rate"
-            return DeadlineExceeded(f"the deadline cannot be met: {late}", field="deadline_ms")
+            error = DeadlineExceeded(f"the deadline cannot be met: {late}", field="deadline_ms")
+            error.foreseen_ms = foreseen_ms
+            return error
         limit = terms.max_owed if verdict == "owed" else terms.max_backlog
         wait = await self._drain_s(model, waiting + job.cost - limit)
         if verdict == "owed":

@@ -133,8 +133,9 @@ async def _queue(gateway: Gateway, job: Job, params: Params, asked: Asking, due:
             submitted = await gateway.broker.submit(job, terms)
             asked.request.state.queued = True
             return submitted
-    except DeadlineExceeded:
-        flow.forecasts.refused(left_s)
+    except DeadlineExceeded as late:
+        if asked.wait_s is None:
+            flow.forecasts.refused(late.foreseen_ms / 1000, due - asked.arrived)
         raise
     except TimeoutError:
         flow.answered(late=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -26,7 +27,7 @@ class Forecasts:
         self._clock = clock
         self._ratios: deque[float] = deque(maxlen=SEEN)
         self._limit = LIMIT
-        self._refusing_since: float | None = None
+        self._refusing = (math.inf, -math.inf)  # since when, and last
 
     def limit(self) -> float:
         """Share of its budget that a job's forecast may be."""
@@ -36,19 +37,21 @@ class Forecasts:
         """An answer took so long, or was given up then for want of time; 0 foreseen: nothing was."""
         if foreseen_s <= 0 or foreseen_s < NEAR * self._limit * budget_s:
             return
-        self._refusing_since = None
+        self._refusing = (math.inf, -math.inf)
         self._ratios.append((max(took_s, budget_s) if given_up else took_s) / foreseen_s)
         known = len(self._ratios)
         if known >= SETTLED:
             worst = sorted(self._ratios)[-1 - known // ONE_IN]
             self._limit = min(MOST, max(LEAST, KEPT / worst)) if worst > 0 else MOST
 
-    def refused(self, budget_s: float) -> None:
+    def refused(self, foreseen_s: float, budget_s: float) -> None:
         """Work was refused for the limit. What was let in near it is known, one way or the other, a budget later."""
-        now = self._clock()
-        if self._refusing_since is None:
-            self._refusing_since = now
-        elif now - self._refusing_since > PATIENCE * budget_s:
-            self._refusing_since = None
+        if foreseen_s > MOST * budget_s:
+            return
+        now, (since, last) = self._clock(), self._refusing
+        since = now if now - last > budget_s else since
+        self._refusing = (since, now)
+        if now - since > PATIENCE * budget_s:
+            self._refusing = (now, now)
             self._ratios.clear()
             self._limit = min(MOST, max(LIMIT, self._limit + RISE))

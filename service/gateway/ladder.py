@@ -28,7 +28,7 @@ def gears_for(params: GenerateParams, info: ModelInfo, work: GenerateWork) -> tu
     Raises:
         BadRequest, UnknownName: a floor that no gear has, or a `max_compute` that none keeps.
     """
-    if isinstance(params.floor, float) and work.overrides:
+    if params.floor is not None and not isinstance(params.floor, str) and work.overrides:
         other = " and ".join(work.overrides)
         raise BadRequest(f"no gear's class accuracy is known at other {other}: name a gear as floor", field="floor")
     rungs = [gear for name in rungs_of(info) for gear in info.gears if gear.name == name]

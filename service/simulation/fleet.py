@@ -166,7 +166,7 @@ class Fleet:
         if verdict != "accepted":
             self._end(number, verdict)
             if verdict == "late":
-                self._forecasts(seen).refused(seen.deadline_ms / 1000)
+                self._forecasts(seen).refused(seen.foreseen_ms / 1000, seen.deadline_ms / 1000)
         else:
             self._call()
 

@@ -113,6 +113,7 @@ def test_a_request_says_what_may_be_chosen(asked: dict[str, object], ladder: tup
         ({"floor": "full", "max_compute": 0.6}, "floor", "max_compute"),
         ({"max_compute": 0.3}, "max_compute", "at least 0.5"),
         ({"floor": 0.9, "steps": 3}, "floor", "other steps"),
+        ({"floor": 0, "steps": 3}, "floor", "other steps"),
         ({"floor": 0.9, "guidance": 7.5, "solver": "ddpm"}, "floor", "other solver and guidance"),
     ],
 )

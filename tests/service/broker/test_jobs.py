@@ -71,8 +71,9 @@ async def test_what_cannot_be_met_at_the_rate_under_pressure_is_refused(broker, 
     await serve_at(broker, model, 1.0, pressed=10.0)
     await put(broker, model, cost=10_000, deadline_ms=1000, need_worker=True, priority="low")
     await put(broker, model, cost=80, need_worker=True)
-    with pytest.raises(DeadlineExceeded, match=r"10\.0 s"):
+    with pytest.raises(DeadlineExceeded, match=r"10\.0 s") as late:
         await put(broker, model, cost=20, deadline_ms=9_900, need_worker=True)
+    assert late.value.foreseen_ms == 12_000
     await put(broker, model, cost=20, deadline_ms=20_000, need_worker=True)
     await put(broker, model, cost=20, deadline_ms=1, need_worker=True, priority="high")
 

@@ -71,7 +71,7 @@ def refused(forecasts: Forecasts, clock: Clock, seconds: float) -> None:
     """Refusals of a budget of a second, ten a second, for so long."""
     end = clock.now + seconds
     while clock.now < end:
-        forecasts.refused(1.0)
+        forecasts.refused(1.1, 1.0)
         clock.now += 0.1
 
 
@@ -101,6 +101,17 @@ def test_refusals_beside_answers_change_nothing() -> None:
     assert forecasts.limit() == pytest.approx(KEPT)
 
 
+@pytest.mark.parametrize(("foreseen_s", "pause_s"), [(1.1, 1.5), (2.0 * MOST, 0.1)], ids=["now and then", "too large"])
+def test_refusals_that_say_nothing_of_the_limit(foreseen_s: float, pause_s: float) -> None:
+    forecasts = Forecasts(clock := Clock())
+    for _ in range(SETTLED):
+        forecasts.came_true(1.0, 3.0, 1.0)
+    for _ in range(100):
+        forecasts.refused(foreseen_s, 1.0)
+        clock.now += pause_s
+    assert forecasts.limit() == LEAST
+
+
 def test_old_answers_are_forgotten() -> None:
     assert after(*[2.0] * SEEN, *[1.0] * SEEN).limit() == pytest.approx(KEPT)
 
@@ -110,7 +121,7 @@ def test_the_limit_stays_within_its_bounds(answers: list[tuple[float, float, flo
     forecasts = Forecasts()
     for answer in answers:
         forecasts.came_true(*answer)
-        forecasts.refused(1e-9)
+        forecasts.refused(answer[0], 1e-9)
         assert LEAST <= forecasts.limit() <= MOST
 
 
@@ -144,13 +155,16 @@ async def test_a_refusal_is_told_to_the_limit(
     told = []
 
     async def late(self: Broker, job: Job, terms: Terms) -> Submitted:
-        raise DeadlineExceeded("too much is ahead", field="deadline_ms")
+        error = DeadlineExceeded("too much is ahead", field="deadline_ms")
+        error.foreseen_ms = 2500
+        raise error
 
     monkeypatch.setattr(Broker, "submit", late)
     monkeypatch.setattr(Forecasts, "limit", lambda self: 0.77)
-    monkeypatch.setattr(Forecasts, "refused", lambda self, budget_s: told.append(budget_s))
-    assert (await http.post("/generate", json={"deadline_ms": 2000})).status_code == 504
-    assert told == [pytest.approx(2.0, abs=1.0)]
+    monkeypatch.setattr(Forecasts, "refused", lambda self, *seconds: told.append(seconds))
+    for headers in ({}, {"Prefer": "respond-async"}):  # whose answers it does not learn from
+        assert (await http.post("/generate", json={"deadline_ms": 2000}, headers=headers)).status_code == 504
+    assert told == [(2.5, pytest.approx(2.0))]
     assert 'offramp_admission_limit{model="drawer"} 0.77' in (await http.get("/metrics")).text
 
 
