@@ -43,7 +43,7 @@ def tick_times(
         )
         try:
             units, ms = _tick(task, work, clock)
-            points.append((units, max([ms, *(before for _, before in points)])))
+            points.append((units, max([ms, *(before for _, before in points[-1:])])))
         except Exception:  # memory that a splitter would have saved, say: what is known by now will do
             log.warning("ticks of %s rows cannot be timed", rows, exc_info=True, extra={"model": info.name})
             return points
