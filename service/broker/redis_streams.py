@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 class Submitted:
     """A job that is queued: the handle of its entry; `attached` when it was there already.
 
-    `foreseen_ms`: until it is done, by what is ahead and the workers' rate; 0 where nothing is ahead or no rate is known.
+    `foreseen_ms`: until it is done, by what is ahead and the workers' rate; 0 where either is nothing or unknown.
     """
 
     entry: str
